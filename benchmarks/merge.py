@@ -1,0 +1,225 @@
+"""How long a merge takes, cold and from the cache, beside PEFT's add_weighted_adapter on the same
+factors.
+
+Random factors at real models' shapes. PEFT runs on a model whose base weights are a broadcast zero,
+so that an 8B model's adapters fit where its weights would not; its merge never reads the base
+weights. PEFT's SVD is timed on one layer and multiplied by the layers (it loops over modules); at
+8B on its smallest module only, multiplied by the number of modules, which makes the figure a lower
+bound.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from benchmarks.harness import alternate, finish, options, show
+from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.lowrank import LowRank
+from dynmerge.bank.bank import BaseIdentity, FactorBank
+from dynmerge.bank.build import build_bank
+from dynmerge.merging.cache import MergeCache
+from dynmerge.merging.merge import merge
+from dynmerge.merging.methods import default_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+
+RANK = 16
+TASKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A Llama's shapes."""
+
+    name: str
+    hidden: int
+    key_value: int
+    feed_forward: int
+    layers: int
+
+    def shapes(self, layers: int | None = None) -> dict[str, tuple[int, int]]:
+        """Module name -> (d_out, d_in), seven modules a layer."""
+        h, kv, ff = self.hidden, self.key_value, self.feed_forward
+        kinds = {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h)}
+        kinds |= {"gate": (ff, h), "up": (ff, h), "down": (h, ff)}
+        count = self.layers if layers is None else layers
+        return {f"layers_{n}_{kind}": kinds[kind] for n in range(count) for kind in kinds}
+
+
+SIZES = (
+    Size("135M", 576, 192, 1536, 30),
+    Size("1B", 2048, 512, 8192, 16),
+    Size("8B", 4096, 1024, 14336, 32),
+)
+
+
+def random_adapters(size: Size, seed: int) -> dict[str, Adapter]:
+    """TASKS adapters of rank RANK on every module."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"task{index}": Adapter(
+            {
+                name: LowRank(
+                    A=torch.randn(RANK, d_in, generator=generator) / d_in**0.5,
+                    B=torch.randn(d_out, RANK, generator=generator) / RANK**0.5,
+                )
+                for name, (d_out, d_in) in size.shapes().items()
+            },
+            size.name,
+        )
+        for index in range(TASKS)
+    }
+
+
+class Shapes(nn.Module):
+    """Linear layers of the given shapes whose weights take no memory."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        super().__init__()
+        for name, (d_out, d_in) in shapes.items():
+            linear = nn.Linear(d_in, d_out, bias=False, device="meta")
+            linear.weight = nn.Parameter(torch.zeros(1, 1).expand(d_out, d_in), requires_grad=False)
+            self.add_module(name, linear)
+
+
+def peft_model(shapes: dict[str, tuple[int, int]], adapters: dict[str, Adapter]) -> PeftModel:
+    """The same factors as PEFT holds them, scaling 1."""
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(shapes))
+    model: PeftModel | None = None
+    for task, adapter in adapters.items():
+        if model is None:
+            model = get_peft_model(Shapes(shapes), config, adapter_name=task)
+        else:
+            model.add_adapter(task, config)
+        for name in shapes:
+            layer = model.base_model.model.get_submodule(name)
+            layer.lora_A[task].weight.data = adapter.modules[name].A
+            layer.lora_B[task].weight.data = adapter.modules[name].B
+    assert model is not None
+    return model
+
+
+def peft_merge(model: PeftModel, combination: str) -> Callable[[], None]:
+    """One merge of all tasks at equal weights, put away again."""
+
+    def run() -> None:
+        extra = {"svd_full_matrices": False} if combination == "svd" else {}
+        model.add_weighted_adapter(
+            list(model.peft_config),
+            [1 / TASKS] * TASKS,
+            "merged",
+            combination,
+            svd_rank=RANK,
+            **extra,
+        )
+        model.delete_adapter("merged")
+
+    return run
+
+
+@contextmanager
+def timed(into: dict[str, float], name: str) -> Iterator[None]:
+    """Store the block's wall seconds."""
+    started = time.perf_counter()
+    yield
+    into[name] = time.perf_counter() - started
+
+
+def preferences() -> Iterator[Preference]:
+    """Ever new preferences over all tasks."""
+    count = 0
+    while True:
+        count += 1
+        weights = {f"task{index}": 100 + (count * (index + 3)) % 97 for index in range(TASKS)}
+        yield Preference.of(weights)
+
+
+def svd_seconds(size: Size, adapters: dict[str, Adapter], quick: bool) -> float:
+    """Seconds of PEFT's `svd` (the cheaper, thin one) for the whole model; see the module's
+    docstring.
+    """
+    shapes = size.shapes(layers=1)
+    count = size.layers
+    if size.name != SIZES[0].name:
+        shapes = {name: shape for name, shape in shapes.items() if name.endswith("_k")}
+        count = len(size.shapes())
+    model = peft_model(shapes, adapters)
+    return count * alternate({"svd": peft_merge(model, "svd")}, 1 if quick else 3)["svd"]
+
+
+def hit_seconds(bank: FactorBank, rounds: int) -> float:
+    """Median seconds from a preference to holding its merge, when the merge is in the cache."""
+    cache = MergeCache(lambda recipe: merge(bank, recipe), capacity=1 << 34)
+    preference = Preference.of({f"task{index}": 1.0 + index for index in range(TASKS)})
+
+    def hit() -> None:
+        for _ in range(1000):
+            with cache.hold(Recipe(preference, default_method(), bank.digest)):
+                pass
+
+    return alternate({"hit": hit}, rounds)["hit"] / 1000
+
+
+def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]:
+    """All figures for one size, in seconds and bytes."""
+    figures: dict[str, float] = {}
+    adapters = random_adapters(size, seed)
+    with timed(figures, "build"):
+        bank = build_bank(BaseIdentity(size.name, ""), adapters)
+    bank = bank.to(device)
+    figures["merge_bytes"] = 4 * bank.layout.size
+    figures["adapter_bytes"] = 4 * TASKS * RANK * sum(sum(s) for s in size.shapes().values())
+    fresh = preferences()
+    method = default_method()
+
+    def cold() -> None:
+        merge(bank, Recipe(next(fresh), method, bank.digest))
+
+    model = peft_model(size.shapes(), adapters)
+    variants = {"linear": cold, **{f"peft_{c}": peft_merge(model, c) for c in ("cat", "linear")}}
+    figures |= alternate(variants, 2 if quick else 5, device)
+    figures["peft_svd"] = svd_seconds(size, adapters, quick)
+    figures["hit"] = hit_seconds(bank, 5)
+    return figures
+
+
+def main() -> None:
+    """Measure every size and print."""
+    parser = options(__doc__ or "")
+    arguments = parser.parse_args()
+    sizes = SIZES[:1] if arguments.quick else SIZES
+    figures = {
+        size.name: measure(size, arguments.seed, arguments.device, arguments.quick)
+        for size in sizes
+    }
+    columns = ("build", "linear", "hit", "peft_linear", "peft_cat", "peft_svd")
+    rows = [
+        [
+            name,
+            f"{len(size.shapes())}",
+            *(figures[name][column] for column in columns),
+            *(figures[name][column] / 2**20 for column in ("merge_bytes", "adapter_bytes")),
+        ]
+        for name, size in zip(figures, sizes, strict=True)
+    ]
+    show(
+        f"{TASKS} tasks of rank {RANK}, float32; seconds, medians",
+        ("size", "modules", *columns, "MiB a merge", "MiB as an adapter"),
+        rows,
+    )
+    largest = figures[sizes[-1].name]
+    ratios = {
+        "peft_svd_over_linear": largest["peft_svd"] / largest["linear"],
+        "peft_linear_over_linear": largest["peft_linear"] / largest["linear"],
+        "hit_us": largest["hit"] * 1e6,
+    }
+    finish(arguments, ratios, {"dtype": "float32", "largest": sizes[-1].name, "sizes": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The bank: the calibrated per-task factors of one base model."""

@@ -1,0 +1,173 @@
+"""FactorBank: the skills of one base model as shared bases and small cores, resident on a device;
+immutable.
+
+For one module with task updates Δ_i = B_i A_i the bank holds orthonormal bases U of all B_i and V
+of all A_i^T, and each task's factors in them, B_i = U left_i and A_i = right_i V^T. A task's core
+is M_i = left_i right_i, and Δ_i = U M_i V^T without loss. Knows no files, preferences or methods.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dynmerge.errors import BankError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """Which base model a bank is for: its name, and a fingerprint of its weights."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An adapter under its name in a bank. `digest` is the adapter's content digest."""
+
+    name: str
+    digest: str
+    provenance: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleFactors:
+    """One linear layer: shared bases, and every task's factors in them, stacked over tasks.
+
+    `ranks[i]` is task i's rank here, 0 where it leaves this module alone; K = sum(ranks).
+    """
+
+    name: str
+    U: Tensor  # (d_out, p), orthonormal columns
+    V: Tensor  # (d_in, q), orthonormal columns
+    left: Tensor  # (p, K): task i's columns are U^T B_i
+    right: Tensor  # (K, q): task i's rows are A_i V
+    ranks: tuple[int, ...]
+
+    @property
+    def core_shape(self) -> tuple[int, int]:
+        """(p, q)."""
+        return self.U.shape[1], self.V.shape[1]
+
+    def slices(self) -> list[slice]:
+        """Where each task stands in the stacked rank dimension K."""
+        ends = [sum(self.ranks[:index]) for index in range(len(self.ranks) + 1)]
+        return [slice(start, end) for start, end in pairwise(ends)]
+
+    def core(self, task: int) -> Tensor:
+        """M_i (p, q), task i's update in the shared bases."""
+        span = self.slices()[task]
+        return self.left[:, span] @ self.right[span]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLayout:
+    """How the cores of all modules lie in one flat vector of `size` numbers, module after module."""
+
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Numbers in one merge: the sum of p * q."""
+        return sum(p * q for p, q in self.shapes)
+
+    def spans(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """Per module, its place in the flat vector and its (p, q)."""
+        start = 0
+        for p, q in self.shapes:
+            yield slice(start, start + p * q), (p, q)
+            start += p * q
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views (..., p, q) per module of `flat` (..., size)."""
+        return [flat[..., span].unflatten(-1, shape) for span, shape in self.spans()]
+
+
+@dataclass(frozen=True, eq=False)
+class FactorBank:
+    """Every task's factors in shared bases, float32, on one device; immutable, named by its digest.
+
+    Tasks are sorted by name and modules by `module_order`, so that the order in which adapters were
+    given does not matter.
+    """
+
+    base: BaseIdentity
+    tasks: tuple[Task, ...]
+    modules: tuple[ModuleFactors, ...]
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names or names != sorted(set(names)):
+            raise BankError(f"a bank's tasks are distinct and sorted by name; these are {names}")
+        if not self.modules:
+            raise BankError("a bank holds at least one module")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names, sorted: the order of every vector over tasks."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are, and so where merges are made."""
+        return self.modules[0].left.device
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over what determines every merge: format, base fingerprint, adapters' content."""
+        fields = {
+            "format": FORMAT,
+            "base": self.base.fingerprint,
+            "tasks": [[task.name, task.digest] for task in self.tasks],
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def layout(self) -> CoreLayout:
+        """How one merge's cores lie in a flat vector."""
+        return CoreLayout(tuple(module.core_shape for module in self.modules))
+
+    @cached_property
+    def cores(self) -> Tensor:
+        """(tasks, layout.size): every task's core of every module, flat, so that a linear merge is
+        one product.
+        """
+        rows = [
+            torch.cat([module.core(index).flatten() for module in self.modules])
+            for index in range(len(self.tasks))
+        ]
+        return torch.stack(rows)
+
+    def to(self, device: torch.device | str, *, bases: bool = True) -> "FactorBank":
+        """The same bank with its factors on `device`; without `bases`, U and V stay where they are."""
+
+        def moved(module: ModuleFactors) -> ModuleFactors:
+            return replace(
+                module,
+                U=module.U.to(device) if bases else module.U,
+                V=module.V.to(device) if bases else module.V,
+                left=module.left.to(device),
+                right=module.right.to(device),
+            )
+
+        return replace(self, modules=tuple(moved(module) for module in self.modules))
+
+
+def module_order(names: Sequence[str]) -> list[str]:
+    """Names in reading order: layer 2 before layer 10."""
+    return sorted(
+        names,
+        key=lambda name: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part)
+            for part in re.split(r"(\d+)", name)
+        ],
+    )

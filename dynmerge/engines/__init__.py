@@ -1,0 +1,1 @@
+"""Engines: core and prompt in, tokens out."""

@@ -1,0 +1,68 @@
+"""Every error dynmerge raises on purpose. Knows nothing of HTTP: the server maps this tree to
+statuses.
+
+DynmergeError
+├── RequestError            what the caller sent cannot be served; `param` names the field or header
+│   ├── PreferenceError     a preference that is malformed, out of range or names an unknown skill
+│   ├── MethodError         an unknown merge method, or parameters it does not take
+│   ├── UnknownModel        a model name that is neither the base model, a skill, nor
+BASE@preference │   └── PromptTooLong       prompt (and tokens asked for) do not fit the context ├──
+AdapterError            an adapter the gate refuses, with the reason ├── BaseModelError          a
+base model folder that is missing, unreadable or of an unsupported kind ├── BankError
+a bank that is missing, truncated, edited or made for another base model ├── ConfigError
+a server configuration with an unknown key or a value out of range ├── Overloaded              no
+room now: the queue or the merge cache is full; worth trying again └── EngineDead              the
+engine stopped and could not be restarted
+"""
+
+
+class DynmergeError(Exception):
+    """The root: catch this to catch everything dynmerge raises on purpose."""
+
+
+class RequestError(DynmergeError):
+    """What the caller sent cannot be served; `param` names the offending field or header."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PreferenceError(RequestError):
+    """A preference that is malformed, out of range, or names an unknown skill."""
+
+
+class MethodError(RequestError):
+    """An unknown merge method, or parameters it does not take."""
+
+
+class UnknownModel(RequestError):
+    """A model name that is not served."""
+
+
+class PromptTooLong(RequestError):
+    """The prompt, or the prompt and the tokens asked for, do not fit the context."""
+
+
+class AdapterError(DynmergeError):
+    """An adapter the gate refuses, with the reason."""
+
+
+class BaseModelError(DynmergeError):
+    """A base model that is missing, unreadable, or of a kind dynmerge cannot serve."""
+
+
+class BankError(DynmergeError):
+    """A bank that is missing, truncated, edited, or made for another base model."""
+
+
+class ConfigError(DynmergeError):
+    """A configuration with an unknown key or a value out of range."""
+
+
+class Overloaded(DynmergeError):
+    """No room now, in the queue or in the merge cache; the same request may succeed later."""
+
+
+class EngineDead(DynmergeError):
+    """The engine stopped and could not be restarted."""

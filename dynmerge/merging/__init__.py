@@ -1,0 +1,1 @@
+"""Merging: preference and bank in, core out. Tensors only."""

@@ -1,0 +1,269 @@
+"""Preference: how much of each skill a request wants. Knows names and numbers, not adapters or
+HTTP.
+
+A preference lives on a grid of 0.001, so that equal wishes are equal values and name the same
+merge. The reserved name `base` stands for the base model itself, a skill that changes nothing:
+`base=1` is the base model, `math=0.7, base=0.3` is seven tenths of math and nothing else.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+import http_sf
+
+from dynmerge.errors import PreferenceError
+
+GRID = 1000
+BASE = "base"
+RAW_LIMIT = 2.0
+MAX_ENTRIES = 256
+MAX_TEXT = 16_384
+SKILL_NAME = re.compile(r"[a-z*][a-z0-9_.*-]{0,63}")
+
+HEADER = "X-Dynmerge-Preference"
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Weights of skills in thousandths, sorted by name, none of them zero, never empty.
+
+    Sums to 1000 for a preference (a point of the simplex); any other vector is *raw*: multipliers
+    that are applied as they are. Equal objects are equal wishes.
+    """
+
+    thousandths: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def base_model(cls) -> "Preference":
+        """The preference that changes nothing."""
+        return cls(((BASE, GRID),))
+
+    @classmethod
+    def of(
+        cls,
+        weights: Mapping[str, float],
+        *,
+        normalize: bool = True,
+        allow_negative: bool = False,
+        source: str = "preference",
+    ) -> "Preference":
+        """The preference nearest to `weights` on the grid.
+
+        With `normalize` the weights are non-negative and are divided by their sum; all zero is the
+        base model. Without it they are multipliers with |w| <= 2, negative only where
+        `allow_negative`. `source` names the field or header in errors. Raises PreferenceError.
+        """
+        numbers = {name: _finite(name, weight, source) for name, weight in weights.items()}
+        if not numbers:
+            raise PreferenceError(
+                f"{source} names no skill; for the base model say {BASE}=1 or SKILL=0", source
+            )
+        if len(numbers) > MAX_ENTRIES:
+            raise PreferenceError(
+                f"{source} names {len(numbers)} skills, at most {MAX_ENTRIES} are taken", source
+            )
+        for name, number in numbers.items():
+            _check_range(name, number, normalize, allow_negative, source)
+        grid = _normalised(numbers, source) if normalize else _multipliers(numbers, source)
+        kept = tuple(sorted((name, value) for name, value in grid.items() if value))
+        return cls(kept) if kept else cls.base_model()
+
+    @classmethod
+    def parse(
+        cls, text: str, *, allow_negative: bool = False, source: str = HEADER
+    ) -> "Preference":
+        """Read an RFC 9651 dictionary such as `math=0.7, code=0.3`; a bare key is 1.
+
+        `;raw` after any member makes the whole vector multipliers instead of a preference.
+        Raises PreferenceError that names `source` and the column, counted from 1.
+        """
+        members = _dictionary(text, source)
+        weights: dict[str, float] = {}
+        raw = False
+        for name, (value, parameters) in members.items():
+            unknown = sorted(set(parameters) - {"raw"})
+            if unknown or parameters.get("raw", True) is not True:
+                raise PreferenceError(
+                    f"{source}, column {_column(text, name)}: {name!r} has the parameter "
+                    f"{(unknown or ['raw'])[0]!r}; the only one known is a bare ;raw",
+                    source,
+                )
+            raw = raw or "raw" in parameters
+            weights[name] = _weight(name, value, text, source)
+        return cls.of(weights, normalize=not raw, allow_negative=allow_negative, source=source)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this asks for the base model exactly."""
+        return all(name == BASE for name, _ in self.thousandths)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether these are multipliers rather than a point of the simplex."""
+        values = [value for _, value in self.thousandths]
+        return sum(values) != GRID or min(values) < 0
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """The skills named, without `base`."""
+        return tuple(name for name, _ in self.thousandths if name != BASE)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name -> weight, `base` among them; fed back, this gives the same preference."""
+        return {name: value / GRID for name, value in self.thousandths}
+
+    def vector(self, skills: Iterable[str]) -> list[float]:
+        """The weights in the order of `skills`, zero where unlisted."""
+        weights = self.weights
+        return [weights.get(skill, 0.0) for skill in skills]
+
+    def require(self, known: Iterable[str], source: str = "preference") -> None:
+        """Raise PreferenceError unless every skill named is one of `known`."""
+        known = sorted(known)
+        for skill in self.skills:
+            if skill not in known:
+                raise PreferenceError(
+                    f"{source}: no skill named {skill!r} (known: {', '.join(known)})", source
+                )
+
+    def __str__(self) -> str:
+        """The canonical text: what `parse` reads back to this very preference."""
+        text = ", ".join(f"{name}={value / GRID:.10g}" for name, value in self.thousandths)
+        return text + ";raw" if self.is_raw else text
+
+
+def check_skill_name(name: str, source: str = "skill name") -> None:
+    """Raise PreferenceError unless `name` can be a key of the preference header."""
+    if not SKILL_NAME.fullmatch(name):
+        raise PreferenceError(
+            f"{source} {name!r} is not a skill name: up to 64 of a-z 0-9 _ . * -, "
+            "the first a letter or *",
+            source,
+        )
+
+
+def _dictionary(text: str, source: str) -> Mapping[str, tuple[object, Mapping[str, object]]]:
+    if len(text) > MAX_TEXT:
+        raise PreferenceError(f"{source} is {len(text)} characters, at most {MAX_TEXT}", source)
+    try:
+        data = text.encode("ascii")
+    except UnicodeEncodeError as error:
+        raise PreferenceError(
+            f"{source}, column {error.start + 1}: {text[error.start]!r} is not ASCII", source
+        ) from None
+
+    def duplicate(key: str, _context: str) -> None:
+        raise PreferenceError(
+            f"{source}, column {_column(text, key)}: {key!r} stands there twice", source
+        )
+
+    try:
+        return http_sf.parse(data, tltype="dictionary", on_duplicate_key=duplicate)  # type: ignore[return-value]
+    except http_sf.StructuredFieldError as error:
+        reason = str(error).split(" at position ")[0]
+        raise PreferenceError(
+            f"{source}, column {(error.position or 0) + 1}: {reason}. "
+            "Write a list such as: math=0.7, code=0.3",
+            source,
+        ) from None
+
+
+def _weight(name: str, value: object, text: str, source: str) -> float:
+    if value is True:
+        return 1.0
+    if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
+        return float(value)
+    raise PreferenceError(
+        f"{source}, column {_column(text, name)}: the weight of {name!r} is not a number "
+        "with at most three decimals",
+        source,
+    )
+
+
+def _column(text: str, key: str) -> int:
+    """Where the last member named `key` starts, counted from 1."""
+    starts = [match.start(1) for match in re.finditer(rf"(?:^|,)\s*({re.escape(key)})", text)]
+    return starts[-1] + 1 if starts else 1
+
+
+def _finite(name: str, weight: object, source: str) -> float:
+    check_skill_name(name, source)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise PreferenceError(f"{source}: the weight of {name!r} is not a number", source)
+    try:
+        number = float(weight)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise PreferenceError(f"{source}: the weight of {name!r} is not finite", source)
+    return number
+
+
+def _check_range(
+    name: str, number: float, normalize: bool, allow_negative: bool, source: str
+) -> None:
+    if not normalize and abs(number) > RAW_LIMIT:
+        raise PreferenceError(
+            f"{source}: the raw weight of {name!r} is {number:g}; "
+            f"it must lie within -{RAW_LIMIT:g} .. {RAW_LIMIT:g}",
+            source,
+        )
+    if number < 0 and normalize:
+        raise PreferenceError(
+            f"{source}: the weight of {name!r} is negative ({number:g}); a preference is not. "
+            "Multipliers take ;raw or normalize=false",
+            source,
+        )
+    if number < 0 and not allow_negative:
+        raise PreferenceError(
+            f"{source}: the raw weight of {name!r} is negative ({number:g}); "
+            "this server does not allow that",
+            source,
+        )
+
+
+def _normalised(numbers: Mapping[str, float], source: str) -> dict[str, int]:
+    """Largest remainders, so that the thousandths sum to 1000 whatever the order of the skills."""
+    largest = max(numbers.values())
+    if largest == 0:
+        return {}
+    scaled = {name: number / largest for name, number in numbers.items()}
+    total = math.fsum(scaled.values())
+    shares = {name: number / total * GRID for name, number in scaled.items()}
+    # Whole but for rounding is whole: 0.29 * 1000 must not lose a thousandth.
+    whole = {
+        name: round(share) if abs(share - round(share)) < 1e-6 else math.floor(share)
+        for name, share in shares.items()
+    }
+    left = GRID - sum(whole.values())
+    by_remainder = sorted(shares, key=lambda name: (whole[name] - shares[name], name))
+    for name in by_remainder[: max(left, 0)]:
+        whole[name] += 1
+    for name, number in numbers.items():
+        if number and not whole[name]:
+            raise PreferenceError(
+                f"{source}: the weight of {name!r} is {shares[name] / GRID:.2g} of the whole, "
+                "less than the grid's 0.001; leave it out or raise it",
+                source,
+            )
+    return whole
+
+
+def _multipliers(numbers: Mapping[str, float], source: str) -> dict[str, int]:
+    if BASE in numbers:
+        raise PreferenceError(
+            f"{source}: {BASE!r} takes no raw weight; multipliers leave the base model as it is",
+            source,
+        )
+    grid = {name: round(number * GRID) for name, number in numbers.items()}
+    for name, number in numbers.items():
+        if number and not grid[name]:
+            raise PreferenceError(
+                f"{source}: the raw weight of {name!r} is {number:g}, less than the grid's 0.001",
+                source,
+            )
+    return grid

@@ -1,0 +1,116 @@
+"""Runtime: the path of one request, from a preference to tokens. Knows no HTTP and no files.
+
+preference -> recipe -> lease on its merge (cache, made off the event loop) -> engine -> chunks
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from dynmerge.bank.bank import FactorBank
+from dynmerge.engines.engine import Chunk, Engine, Generation
+from dynmerge.merging.cache import Claim, MergeCache
+from dynmerge.merging.merge import Merge, merge
+from dynmerge.merging.methods import default_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import MethodChoice, Recipe
+
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """A merge held for one request. Release it when the request ends; `with lease:` does.
+
+    `merge` is None for the base model, whose `outcome` is `base`. `seconds` is what the request
+    waited.
+    """
+
+    recipe: Recipe
+    merge: Merge | None
+    outcome: Literal["base", "hit", "stored", "collapsed"]
+    seconds: float
+    _claim: Claim | None = None
+    _cache: MergeCache | None = None
+
+    def release(self) -> None:
+        """Give the merge back to the cache."""
+        if self._claim is not None and self._cache is not None:
+            self._cache.release(self._claim)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Runtime:
+    """A bank, an engine that runs its base model, and the cache of merges between them."""
+
+    def __init__(
+        self, bank: FactorBank, engine: Engine, *, cache_bytes: int = DEFAULT_CACHE_BYTES
+    ) -> None:
+        # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
+        self.bank = bank.to(engine.device, bases=False)
+        self.engine = engine
+        self.cache = MergeCache(
+            lambda recipe: merge(self.bank, recipe, engine.dtype), capacity=cache_bytes
+        )
+        # One worker: merges queue here instead of fighting over the cores the engine runs on.
+        self._merging = ThreadPoolExecutor(1, thread_name_prefix="dynmerge-merging")
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """The skills a preference may name."""
+        return self.bank.names
+
+    def recipe(
+        self,
+        preference: Preference,
+        method: MethodChoice | None = None,
+        source: str = "preference",
+    ) -> Recipe:
+        """The recipe of a request. Raises PreferenceError on a skill the bank does not have."""
+        preference.require(self.skills, source)
+        return Recipe(preference, method or default_method(), self.bank.digest)
+
+    async def lease(self, recipe: Recipe) -> Lease:
+        """Hold the merge of `recipe`, making it if nobody has; the caller releases it.
+
+        Raises Overloaded when merges in use leave no room, and whatever the method raised.
+        """
+        if recipe.is_base:
+            return Lease(recipe, None, "base", 0.0)
+        started = time.perf_counter()
+        claim = self.cache.claim(recipe)
+        if claim.outcome == "stored":
+            self._merging.submit(self.cache.fill, claim)
+        try:
+            if claim.outcome == "hit":
+                made = claim.future.result()
+            else:
+                # Shielded: a client that leaves must not cancel the merge others wait for.
+                made = await asyncio.shield(asyncio.wrap_future(claim.future))
+        except BaseException:
+            self.cache.release(claim)
+            raise
+        return Lease(recipe, made, claim.outcome, time.perf_counter() - started, claim, self.cache)
+
+    def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+        """Stream one sequence from the engine; closing the iterator cancels it."""
+        return self.engine.generate(generation)
+
+    def close(self) -> None:
+        """Stop the engine and the merging thread."""
+        self.engine.close()
+        self._merging.shutdown(wait=True)
