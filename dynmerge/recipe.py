@@ -7,7 +7,7 @@ from functools import cached_property
 
 from dynmerge.preference import Preference
 
-Value = int | float | str
+Value = float | str
 
 
 @dataclass(frozen=True, slots=True)

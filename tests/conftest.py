@@ -86,7 +86,7 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def save_adapter(base: Path, folder: Path, config: LoraConfig, seed: int) -> Path:
-    """Save a PEFT adapter with random A and B (B is zero at PEFT's start) for the model in `base`."""
+    """Save a PEFT adapter for the model in `base`, A and B random (PEFT starts with B zero)."""
     config = LoraConfig(**{**config.to_dict(), "task_type": "CAUSAL_LM"})
     torch.manual_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)

@@ -19,7 +19,7 @@ from dynmerge.recipe import Recipe
 Outcome = Literal["hit", "stored", "collapsed"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CacheStats:
     """Counters since the start, and what is there now. `seconds` is time spent making merges."""
 
@@ -66,21 +66,20 @@ class MergeCache:
         self._stats = CacheStats(capacity=capacity)
 
     def claim(self, recipe: Recipe) -> Claim:
-        """Hold `recipe`'s merge. Never blocks; pair it with `release`, and with `fill` if `stored`.
-        """
+        """Hold `recipe`'s merge. Never blocks; pair it with `release`, and with `fill` if `stored`."""
         with self._lock:
             entry = self._entries.get(recipe)
             outcome: Outcome
             if entry is None:
                 entry = self._entries[recipe] = _Entry()
                 outcome = "stored"
-                self._count(misses=1)
+                self._stats.misses += 1
             elif entry.future.done():
                 outcome = "hit"
-                self._count(hits=1)
+                self._stats.hits += 1
             else:
                 outcome = "collapsed"
-                self._count(collapsed=1)
+                self._stats.collapsed += 1
             self._entries.move_to_end(recipe)
             entry.claims += 1
             return Claim(recipe, entry.future, outcome)
@@ -95,12 +94,12 @@ class MergeCache:
             merge = self._make(claim.recipe)
             with self._lock:
                 self._admit(self._entries[claim.recipe], merge.nbytes)
-                self._count(seconds=time.perf_counter() - started)
+                self._stats.seconds += time.perf_counter() - started
         except BaseException as error:
             # Whatever went wrong, the claimants wait on this future: they must hear of it.
             with self._lock:
                 self._drop(claim)
-                self._count(failures=1)
+                self._stats.failures += 1
             claim.future.set_exception(error)
         else:
             claim.future.set_result(merge)
@@ -157,17 +156,12 @@ class MergeCache:
         for recipe in idle:
             if nbytes <= self._stats.capacity - self._stats.nbytes:
                 break
-            self._count(evictions=1, nbytes=-self._entries.pop(recipe).nbytes)
+            self._stats.evictions += 1
+            self._stats.nbytes -= self._entries.pop(recipe).nbytes
         entry.nbytes = nbytes
-        self._count(nbytes=nbytes)
+        self._stats.nbytes += nbytes
 
     def _drop(self, claim: Claim) -> None:
         entry = self._entries.get(claim.recipe)
         if entry is not None and entry.future is claim.future:
             del self._entries[claim.recipe]
-
-    def _count(self, **changes: float) -> None:
-        current = self._stats
-        self._stats = replace(
-            current, **{name: getattr(current, name) + change for name, change in changes.items()}
-        )

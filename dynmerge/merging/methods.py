@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
+from typing import cast
 
 import http_sf
 import torch
@@ -25,7 +26,7 @@ DEFAULT = "linear"
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class Number:
     """A number that a method takes: its default and the closed range it must lie in."""
 
     name: str
@@ -34,20 +35,48 @@ class Parameter:
     high: float
     meaning: str
 
-    def check(self, value: object, method: str, source: str) -> float:
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        return f"{self.low:g} .. {self.high:g}"
+
+    def check(self, value: object, method: str, source: str) -> Value:
         """`value` as a float within range, or MethodError naming both."""
         if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
             raise MethodError(f"{source}: {method};{self.name} is a number, not {value!r}", source)
         if not self.low <= value <= self.high:
             raise MethodError(
-                f"{source}: {method};{self.name} is {value:g}; "
-                f"it must lie within {self.low:g} .. {self.high:g}",
+                f"{source}: {method};{self.name} is {value:g}; it must lie within {self.allowed}",
                 source,
             )
         return float(value)
 
 
-MergeFunction = Callable[[FactorBank, Tensor, Mapping[str, float]], Tensor]
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A word that a method takes, one of `choices`."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    meaning: str
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        return "|".join(self.choices)
+
+    def check(self, value: object, method: str, source: str) -> Value:
+        """`value` as one of the choices, or MethodError naming them."""
+        if str(value) not in self.choices:
+            raise MethodError(
+                f"{source}: {method};{self.name} is one of {self.allowed}, not {str(value)!r}",
+                source,
+            )
+        return str(value)
+
+
+MergeFunction = Callable[[FactorBank, Tensor, Mapping[str, Value]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +86,12 @@ class Method:
     merge: MergeFunction
     version: int
     summary: str
-    parameters: tuple[Parameter, ...] = ()
+    parameters: tuple[Number | Choice, ...] = ()
 
     def choose(self, name: str, given: Mapping[str, object], source: str) -> MethodChoice:
-        """The choice with defaults filled in; MethodError on a parameter it lacks or a value out of
-        range.
+        """The choice with defaults filled in.
+
+        MethodError on a parameter the method lacks or a value it does not take.
         """
         known = {parameter.name: parameter for parameter in self.parameters}
         for key in given:
@@ -71,20 +101,20 @@ class Method:
                     f"(it takes: {', '.join(known) or 'none'})",
                     source,
                 )
-        values: list[tuple[str, Value]] = [
+        values = [
             (key, parameter.check(given.get(key, parameter.default), name, source))
             for key, parameter in sorted(known.items())
         ]
         return MethodChoice(name, self.version, tuple(values))
 
 
-def linear(bank: FactorBank, weights: Tensor, parameters: Mapping[str, float]) -> Tensor:
+def linear(bank: FactorBank, weights: Tensor, parameters: Mapping[str, Value]) -> Tensor:
     """Task Arithmetic: the exact weighted sum of deltas (PEFT's `cat`, not PEFT's `linear`).
 
     `weights` (..., tasks) float32 on the bank's device; returns flat cores (..., size). One product
     for all modules and all preferences. Ilharco et al. 2023, arXiv:2212.04089.
     """
-    return parameters["scale"] * weights @ bank.cores
+    return float(parameters["scale"]) * weights @ bank.cores
 
 
 METHODS: Mapping[str, Method] = {
@@ -93,7 +123,7 @@ METHODS: Mapping[str, Method] = {
         version=1,
         summary="the exact weighted sum of the skills' updates (Task Arithmetic)",
         parameters=(
-            Parameter("scale", default=1.0, low=0.0, high=4.0, meaning="multiplies every weight"),
+            Number("scale", default=1.0, low=0.0, high=4.0, meaning="multiplies every weight"),
         ),
     ),
 }
@@ -102,16 +132,16 @@ METHODS: Mapping[str, Method] = {
 def parse_method(text: str, source: str = HEADER) -> MethodChoice:
     """Read an RFC 9651 item such as `ties;density=0.2`. Raises MethodError naming the choices."""
     try:
-        name, given = http_sf.parse(text.encode("ascii"), tltype="item")
+        item = http_sf.parse(text.encode("ascii"), tltype="item")
     except (http_sf.StructuredFieldError, UnicodeEncodeError):
         raise MethodError(
             f"{source}: {text[:80]!r} is not a method; write one such as linear;scale=0.8", source
         ) from None
-    if not isinstance(name, http_sf.Token) or str(name) not in METHODS:
-        raise MethodError(
-            f"{source}: no method {str(name)!r} (known: {', '.join(METHODS)})", source
-        )
-    return METHODS[str(name)].choose(str(name), given, source)
+    value, given = cast("tuple[object, dict[str, object]]", item)
+    name = str(value)
+    if not isinstance(value, http_sf.Token) or name not in METHODS:
+        raise MethodError(f"{source}: no method {name!r} (known: {', '.join(METHODS)})", source)
+    return METHODS[name].choose(name, given, source)
 
 
 @cache

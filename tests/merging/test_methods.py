@@ -9,7 +9,7 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError, MethodError
 from dynmerge.merging.merge import merge
-from dynmerge.merging.methods import METHODS, assemble, default_method, parse_method
+from dynmerge.merging.methods import METHODS, Choice, assemble, default_method, parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests import reference
@@ -147,3 +147,10 @@ def test_a_bad_method_is_an_error_that_says_what_is_allowed(text: str, says: str
 @pytest.mark.parametrize("name", METHODS)
 def test_a_choice_is_printed_as_it_is_read(name: str) -> None:
     assert parse_method(str(parse_method(name))) == parse_method(name)
+
+
+def test_a_choice_parameter_takes_its_words_only() -> None:
+    space = Choice("space", "core", ("core", "full"), "where entries are compared")
+    assert space.check("full", "ties", "here") == "full"
+    with pytest.raises(MethodError, match=r"here: ties;space is one of core\|full, not 'knots'"):
+        space.check("knots", "ties", "here")
