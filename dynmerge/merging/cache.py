@@ -66,7 +66,7 @@ class MergeCache:
         self._stats = CacheStats(capacity=capacity)
 
     def claim(self, recipe: Recipe) -> Claim:
-        """Hold `recipe`'s merge. Never blocks; pair it with `release`, and with `fill` if `stored`."""
+        """Hold the merge of `recipe`. Never blocks; pair with `release`, and `fill` if `stored`."""
         with self._lock:
             entry = self._entries.get(recipe)
             outcome: Outcome
