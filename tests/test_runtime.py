@@ -1,0 +1,118 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+
+from dynmerge.engines.engine import Chunk, Generation, Load, Sampling, Token
+from dynmerge.errors import Overloaded, PreferenceError
+from dynmerge.merging.merge import Merge
+from dynmerge.merging.methods import parse_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+from dynmerge.runtime import Lease, Runtime
+from tests.bank_factory import random_bank
+
+
+class NormEngine:
+    """Answers one token: the merge's largest core entry, in thousandths."""
+
+    device = torch.device("cpu")
+    dtype = torch.bfloat16
+    closed = False
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
+        merge = generation.merge
+        value = 0 if merge is None else int(merge.core.abs().max() * 1000)
+        yield Chunk(str(value), (Token(value),), "length")
+
+    def load(self) -> Load:
+        return Load(0, 0, 0.0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return Runtime(random_bank(), NormEngine(), cache_bytes=2 * 2 * random_bank().layout.size)
+
+
+def wanted(runtime: Runtime, text: str) -> Recipe:
+    return runtime.recipe(Preference.parse(text))
+
+
+async def test_a_request_goes_from_preference_to_tokens(runtime: Runtime) -> None:
+    answers = {}
+    for text in ("ada=0.7, bob=0.3", "bob", "ada=0"):
+        with await runtime.lease(wanted(runtime, text)) as lease:
+            generation = Generation((1,), lease.merge, Sampling(max_tokens=1))
+            answers[text] = [chunk.text async for chunk in runtime.generate(generation)]
+    assert answers["ada=0"] == ["0"]
+    assert answers["bob"] != answers["ada=0.7, bob=0.3"] != ["0"]
+
+
+async def test_a_lease_says_how_its_merge_was_come_by(runtime: Runtime) -> None:
+    recipe = wanted(runtime, "ada, bob")
+    leases = await asyncio.gather(*(runtime.lease(recipe) for _ in range(5)))
+    again = await runtime.lease(recipe)
+    assert [lease.outcome for lease in [*leases, again]] == ["stored"] + ["collapsed"] * 4 + ["hit"]
+    assert len({id(lease.merge) for lease in [*leases, again]}) == 1
+    assert again.merge is not None
+    assert again.merge.core.dtype == torch.bfloat16
+    for lease in [*leases, again]:
+        lease.release()
+    assert runtime.cache.stats().pinned == 0
+
+
+async def test_the_base_model_needs_no_merge(runtime: Runtime) -> None:
+    lease = await runtime.lease(wanted(runtime, "base"))
+    assert (lease.merge, lease.outcome) == (None, "base")
+    lease.release()
+    assert runtime.cache.stats().misses == 0
+
+
+async def test_a_client_that_leaves_does_not_take_the_merge_from_others(runtime: Runtime) -> None:
+    go = threading.Event()
+    make = runtime.cache._make
+
+    def slow(recipe: Recipe) -> Merge:
+        assert go.wait(10)
+        return make(recipe)
+
+    runtime.cache._make = slow
+    recipe = wanted(runtime, "ada, bob")
+    leaver = asyncio.create_task(runtime.lease(recipe))
+    stayer = asyncio.create_task(runtime.lease(recipe))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaver
+    go.set()
+    with await stayer as lease:
+        assert lease.outcome == "collapsed"
+        assert lease.merge is not None
+    assert runtime.cache.stats().pinned == 0
+
+
+async def test_no_room_is_an_error_and_the_next_request_is_fine(runtime: Runtime) -> None:
+    held: list[Lease] = [await runtime.lease(wanted(runtime, text)) for text in ("ada", "bob")]
+    with pytest.raises(Overloaded):
+        await runtime.lease(wanted(runtime, "cyd"))
+    held[0].release()
+    with await runtime.lease(wanted(runtime, "cyd")) as lease:
+        assert lease.outcome == "stored"
+
+
+def test_a_recipe_names_the_bank_and_knows_its_skills(runtime: Runtime) -> None:
+    recipe = runtime.recipe(Preference.parse("ada"), parse_method("linear;scale=0.5"))
+    assert recipe.bank == runtime.bank.digest
+    assert str(recipe.method) == "linear;scale=0.5"
+    with pytest.raises(PreferenceError, match=r"no skill named 'eve' \(known: ada, bob, cyd\)"):
+        wanted(runtime, "eve")
+
+
+def test_closing_closes_the_engine(runtime: Runtime) -> None:
+    runtime.close()
+    assert runtime.engine.closed
