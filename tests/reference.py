@@ -1,5 +1,6 @@
 """The oracle: slow, obvious, dense float64 twins of everything fast. dynmerge never imports it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,3 +47,17 @@ def written_out(model: nn.Module, deltas: Mapping[str, Tensor]) -> nn.Module:
             weight = modules[name].weight
             weight.copy_((weight.double() + update).to(weight.dtype))
     return model
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """||Q_1^T Q_2||_F^2 / min(r_1, r_2) of two matrices (d, r_i) of full rank."""
+    (Q_1, _), (Q_2, _) = torch.linalg.qr(first.double()), torch.linalg.qr(second.double())
+    smaller = min(first.shape[1], second.shape[1])
+    return sum(float(a @ b) ** 2 for a in Q_1.mT for b in Q_2.mT) / smaller
+
+
+def effective_rank(dense: Tensor) -> float:
+    """exp(-sum p log p) over the singular values of a dense matrix, as shares of their sum."""
+    values = [float(value) for value in torch.linalg.svdvals(dense.double()) if value > 1e-12]
+    shares = [value / sum(values) for value in values]
+    return math.exp(-sum(share * math.log(share) for share in shares))

@@ -80,7 +80,9 @@ def save_adapter(
     try:
         partial.mkdir(parents=True)
         (partial / CONFIG).write_text(json.dumps(_config(updates, base_name), indent=2) + "\n")
-        safetensors.torch.save_file(_tensors(updates), partial / WEIGHTS, {"format": "pt"})
+        # save_file would make the file its owner's alone, whatever the umask says.
+        content = safetensors.torch.save(_tensors(updates), {"format": "pt"})
+        (partial / WEIGHTS).write_bytes(content)
         partial.rename(folder)
     except (OSError, SafetensorError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc

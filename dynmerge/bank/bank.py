@@ -89,7 +89,7 @@ class CoreLayout:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views (..., p, q) per module of `flat` (..., size)."""
-        return [flat[..., span].unflatten(-1, shape) for span, shape in self.spans()]
+        return [flat[..., span].view(*flat.shape[:-1], *shape) for span, shape in self.spans()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,217 @@
+"""A bank on disk: a folder of `bank.json` and the tensor files it names. Atomic; verified on load.
+
+`bank.json` is the commit point. Tensor files are named by their content, so a new version's never
+overwrite the old's; a new bank appears by renaming a finished sibling folder, a replaced one by
+renaming `bank.json`. What is killed half-way leaves the old bank, or none, and at worst a hidden
+`.NAME.*.partial` to delete.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
+from torch import Tensor
+
+from dynmerge.bank import manifest as manifests
+from dynmerge.bank.bank import FactorBank, ModuleFactors, Task
+from dynmerge.bank.manifest import FileEntry, Manifest, ModuleEntry
+from dynmerge.errors import BankError
+
+SHARD_BYTES = 1 << 30  # a tensor file is read whole, to be hashed and used as the same bytes
+
+
+def save_bank(
+    bank: FactorBank, folder: Path, *, source: str | None = None, replace: bool = False
+) -> Manifest:
+    """Write `bank` to `folder`, whole or not at all. `source` is where its base model came from.
+
+    An existing bank is refused, or with `replace` stays until the new one is complete; anything
+    else at `folder` is refused. Raises BankError, also when the disk is full.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    check_target(folder, replace)
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        staging.mkdir(parents=True)
+        files = tuple(_write_shard(shard, staging) for shard in _shards(bank.modules))
+        described = manifests.describe(bank, files, source)
+        (staging / manifests.NAME).write_bytes(described.sealed())
+        for path in (*staging.iterdir(), staging):
+            _sync(path)
+        _publish(staging, folder)
+    except (OSError, SafetensorError) as error:
+        raise BankError(f"cannot write the bank {folder}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return described
+
+
+def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:
+    """Read and verify the bank in `folder`. Raises BankError naming what is wrong and where."""
+    folder = Path(folder)
+    described = read_manifest(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in described.files:
+        for name, tensor in _read_shard(folder, file, described.shapes()):
+            if name in tensors:
+                raise BankError(f"{folder / file.name}: {name} stands in two files")
+            tensors[name] = tensor.to(device)
+    for name in described.shapes():
+        if name not in tensors:
+            raise BankError(f"{folder}: no file holds the tensor {name}")
+    bank = FactorBank(
+        described.base.identity(),
+        tuple(Task(task.name, task.digest, task.provenance) for task in described.tasks),
+        tuple(_module(entry, tensors) for entry in described.modules),
+    )
+    if bank.digest != described.digest:
+        raise BankError(f"{folder}: states the digest {described.digest}, has {bank.digest}")
+    return bank
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the bank in `folder` says of itself; its tensors are not read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BankError(f"no bank at {folder}: there is no such folder")
+    if not (folder / manifests.NAME).exists():
+        raise BankError(f"{folder} is not a bank: it has no {manifests.NAME}")
+    path = _inside(folder, manifests.NAME)
+    try:
+        if path.stat().st_size > manifests.MAX_BYTES:
+            raise BankError(f"{path} is over {manifests.MAX_BYTES} bytes: no bank is described so")
+        return manifests.parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise BankError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def check_base(bank: FactorBank, fingerprint: str) -> None:
+    """Raise BankError unless `bank` was built for the base model with this fingerprint."""
+    if bank.base.fingerprint != fingerprint:
+        raise BankError(
+            f"this bank was built for another base model: for {bank.base.name} with fingerprint "
+            f"{bank.base.fingerprint[:12]}, not {fingerprint[:12]}"
+        )
+
+
+def check_target(folder: Path, replace: bool) -> None:
+    """Raise BankError unless `save_bank` may write to `folder`; worth asking before a build."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise BankError(f"{folder} exists and is not a folder")
+    if (folder / manifests.NAME).exists():
+        if not replace:
+            raise BankError(f"{folder} already holds a bank; replace it only if that is meant")
+    elif any(folder.iterdir()):
+        raise BankError(f"{folder} exists, is not empty and is not a bank: choose another folder")
+
+
+def _module(entry: ModuleEntry, tensors: dict[str, Tensor]) -> ModuleFactors:
+    U, V, left, right = (tensors[name] for name in entry.shapes())
+    return ModuleFactors(entry.name, U, V, left, right, entry.ranks)
+
+
+def _shards(modules: Sequence[ModuleFactors]) -> Iterator[dict[str, Tensor]]:
+    """The bank's tensors on the CPU in float32, in parts of about SHARD_BYTES."""
+    shard: dict[str, Tensor] = {}
+    for module in modules:
+        parts = {"U": module.U, "V": module.V, "left": module.left, "right": module.right}
+        for label, tensor in parts.items():
+            shard[f"{module.name}.{label}"] = tensor.to("cpu", torch.float32).contiguous()
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def _write_shard(shard: dict[str, Tensor], staging: Path) -> FileEntry:
+    # Not save_file: only the owner may read its files, and a bank is often served by another user.
+    data = save(shard)
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = manifests.file_name(sha256)
+    (staging / name).write_bytes(data)
+    return FileEntry(name=name, size=len(data), sha256=sha256)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Make the finished bank in `staging` the bank at `folder`, in one step that has no middle."""
+    if not (folder / manifests.NAME).exists():
+        staging.rename(folder)  # onto nothing, or an empty folder
+        _sync(folder.parent)
+        return
+    new = {path.name for path in staging.glob("factors-*.safetensors")}
+    for name in new:
+        (staging / name).rename(folder / name)
+    _sync(folder)
+    (staging / manifests.NAME).rename(folder / manifests.NAME)
+    _sync(folder)
+    for path in folder.glob("factors-*.safetensors"):
+        if path.name not in new:
+            path.unlink()
+
+
+def _read_shard(
+    folder: Path, file: FileEntry, shapes: dict[str, tuple[int, int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one file, each of an expected name, shape, float32 and finite."""
+    path = _inside(folder, file.name)
+    for name, fields in _verified(path, file):
+        if name not in shapes:
+            raise BankError(f"{path}: holds a tensor {name[:200]!r} that bank.json does not name")
+        if fields["dtype"] != "F32" or tuple(fields["shape"]) != shapes[name]:
+            raise BankError(
+                f"{path}: {name} is {fields['dtype']} {tuple(fields['shape'])}, "
+                f"not F32 {shapes[name]}"
+            )
+        tensor = torch.frombuffer(fields["data"], dtype=torch.float32).reshape(shapes[name])
+        if not torch.isfinite(tensor).all():
+            raise BankError(f"{path}: {name} holds NaN or infinity")
+        yield name, tensor
+
+
+def _verified(path: Path, file: FileEntry) -> list[tuple[str, dict[str, Any]]]:
+    """The file read once, so that what was hashed is what is used."""
+    try:
+        if (size := path.stat().st_size) != file.size:
+            raise BankError(f"{path} is {size} bytes; bank.json says {file.size}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BankError(f"cannot read {path}: {_reason(error)}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != file.sha256:
+        raise BankError(f"{path} was changed: its sha256 is {found}, not {file.sha256}")
+    try:
+        return list(deserialize(data))  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise BankError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused where it is no regular file or a link leads out of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BankError(f"{path} is a link that leads out of the bank")
+    if not path.is_file():
+        raise BankError(f"{folder}: {name} is missing")
+    return path
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk itself, so that a rename never outruns its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

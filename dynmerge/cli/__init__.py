@@ -1,0 +1,173 @@
+"""The `dynmerge` command: its words and options. What a command does is in a module of its own,
+imported when it runs, because torch and the server take seconds to load.
+
+Results go to stdout, progress and errors to stderr. Exit code 2: refused, for the reason given.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynmerge import __version__
+from dynmerge.cli.console import printable
+from dynmerge.errors import DynmergeError
+
+app = typer.Typer(
+    help="Serve many LoRA skills of one base model as one model whose mix each request chooses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: a DynmergeError becomes one line on stderr and exit code 2.
+
+    Ctrl-C exits with 130: Typer sees to that.
+    """
+    try:
+        app(arguments)
+    except DynmergeError as error:
+        print("error:", printable(str(error)), file=sys.stderr)
+        sys.exit(2)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or a Hugging Face id.")],
+    *,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME=SOURCE",
+            help="A skill's name and its PEFT adapter, a folder or a Hugging Face id. Repeat it.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BANK", help="The folder to write.")
+    ],
+    trust_base: Annotated[
+        bool,
+        typer.Option("--trust-base", help="Take adapters that say they are for another base."),
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the bank that is there.")
+    ] = False,
+) -> None:
+    """Build a bank: adapters of one base model, ready to be merged on request."""
+    from dynmerge.cli.build import run
+
+    run(base, named_sources(adapter), output, trust_base=trust_base, replace=replace)
+
+
+@app.command()
+def inspect(
+    bank: BankFolder,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it too: .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Say what a bank holds: its skills, how alike they are, what a merge costs."""
+    from dynmerge.cli.inspect import run
+
+    run(bank, json=json, plot=plot)
+
+
+@app.command()
+def export(
+    bank: BankFolder,
+    *,
+    preference: Annotated[
+        str, typer.Option("--preference", "-p", help='Such as "math=0.7, code=0.3".')
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="The adapter's new folder.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="See `dynmerge methods`.")
+    ] = "linear",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="At most this rank; by default all of the merge.")
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="One rank for all modules, for servers that need that."),
+    ] = False,
+) -> None:
+    """Write one merge as an ordinary PEFT adapter, for any server that loads LoRA."""
+    from dynmerge.cli.export import run
+
+    run(bank, preference, output, method=method, rank=rank, uniform=uniform)
+
+
+@app.command()
+def methods() -> None:
+    """List the merge methods and their parameters."""
+    from dynmerge.cli.methods import run
+
+    run()
+
+
+@app.command()
+def serve(
+    bank: BankFolder,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file; options here win over it.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model; by default what the bank was built on.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="By default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="By default 8000.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines without an API key.")
+    ] = False,
+) -> None:
+    """Serve a bank over HTTP as OpenAI's API does. DYNMERGE_API_KEY holds the key, if any."""
+    from dynmerge.cli.serve import run
+
+    engine = {"device": device, "dtype": dtype}
+    run(bank, config, base=base, host=host, port=port, engine=engine, insecure=insecure)
+
+
+def named_sources(pairs: Sequence[str]) -> dict[str, str]:
+    """Skill name -> source, from `NAME=SOURCE` each."""
+    sources: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, source = pair.partition("=")
+        if not (name and equals and source):
+            raise typer.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--adapter")
+        if name in sources:
+            raise typer.BadParameter(f"{name!r} is named twice", param_hint="--adapter")
+        sources[name] = source
+    return sources

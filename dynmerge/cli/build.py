@@ -1,0 +1,79 @@
+"""`dynmerge build`: adapters and the base model they were trained on -> a bank folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.base_model import BaseModel
+from dynmerge.adapters.checkpoint import fetch_adapter, load_adapter
+from dynmerge.adapters.gate import CONFIG
+from dynmerge.bank.bank import BaseIdentity
+from dynmerge.bank.build import build_bank
+from dynmerge.bank.manifest import Manifest
+from dynmerge.bank.storage import check_target, save_bank
+from dynmerge.cli.console import Step, line, progress_bar, table
+
+# Copied from an adapter's own configuration, to be shown and nothing else.
+SHOWN = ("r", "lora_alpha", "use_rslora", "target_modules", "peft_version")
+
+
+def run(
+    base: str, sources: Mapping[str, str], output: Path, *, trust_base: bool, replace: bool
+) -> None:
+    """Build the bank and say what was built; the last line is its folder."""
+    check_target(output, replace)
+    with progress_bar() as start:
+        model = BaseModel.open(base)
+        folders = {name: fetch_adapter(source) for name, source in sources.items()}
+        adapters = _load(folders, model, start("reading adapters"), trust_base=trust_base)
+        bank = build_bank(
+            BaseIdentity(model.name, model.fingerprint),
+            adapters,
+            provenance={name: provenance(sources[name], folders[name]) for name in sources},
+            progress=start("sharing bases"),
+        )
+        written = save_bank(bank, output, source=_lasting(base), replace=replace)
+    _say(written)
+    line(str(output))
+
+
+def provenance(source: str, folder: Path) -> dict[str, object]:
+    """What an adapter was given as, and what it says of itself."""
+    stated = json.loads((folder / CONFIG).read_bytes())
+    return {"source": source, **{key: stated[key] for key in SHOWN if stated.get(key) is not None}}
+
+
+def _load(
+    folders: Mapping[str, Path], model: BaseModel, step: Step, *, trust_base: bool
+) -> dict[str, Adapter]:
+    adapters = {}
+    for done, (name, folder) in enumerate(folders.items(), start=1):
+        adapters[name] = load_adapter(folder, model, trust_base=trust_base)
+        step(done, len(folders))
+    return adapters
+
+
+def _lasting(base: str) -> str:
+    """The base model's source so that it is found from any working directory."""
+    folder = Path(base).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else base
+
+
+def _say(written: Manifest) -> None:
+    line(f"base    {written.base.name}, fingerprint {written.base.fingerprint[:12]}")
+    line(f"digest  {written.digest[:12]}, {len(written.modules)} modules")
+    line()
+    table(
+        ("skill", "rank", "modules", "source"),
+        [
+            (
+                task.name,
+                ", ".join(map(str, task.ranks)),
+                sum(bool(module.ranks[index]) for module in written.modules),
+                task.provenance["source"],
+            )
+            for index, task in enumerate(written.tasks)
+        ],
+    )
+    line()

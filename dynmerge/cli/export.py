@@ -1,0 +1,32 @@
+"""`dynmerge export`: one merge of a bank -> an ordinary PEFT adapter."""
+
+from pathlib import Path
+
+from dynmerge.adapters.checkpoint import save_adapter
+from dynmerge.bank.storage import load_bank, read_manifest
+from dynmerge.cli.console import line
+from dynmerge.errors import PreferenceError
+from dynmerge.merging.materialize import materialize
+from dynmerge.merging.merge import merge
+from dynmerge.merging.methods import parse_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+
+
+def run(
+    folder: Path, preference: str, output: Path, *, method: str, rank: int | None, uniform: bool
+) -> None:
+    """Write the merge to `output` and say how much of it the rank keeps."""
+    wish = Preference.parse(preference, allow_negative=True, source="--preference")
+    choice = parse_method(method, source="--method")
+    bank = load_bank(folder)
+    wish.require(bank.names, source="--preference")
+    if wish.is_base:
+        raise PreferenceError("--preference asks for the base model: there is nothing to export")
+    recipe = Recipe(wish, choice, bank.digest)
+    made = materialize(bank, merge(bank, recipe).core, rank)
+    base = read_manifest(folder).base
+    save_adapter(made.adapter, output, base_name=base.source or base.name, uniform=uniform)
+    line(f"merge   {wish} by {choice}, {recipe.digest}")
+    line(f"rank    {made.rank}, which keeps {made.energy:.2%} of the energy")
+    line(f"{output}")

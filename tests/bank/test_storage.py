@@ -1,0 +1,357 @@
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynmerge.bank import storage
+from dynmerge.bank.build import build_bank
+from dynmerge.bank.storage import check_base, load_bank, read_manifest, save_bank
+from dynmerge.errors import BankError
+from tests.bank_factory import BASE, RANKS, random_adapter, random_adapters, random_bank
+
+BANK = build_bank(
+    BASE, random_adapters(), provenance={"ada": {"source": "org/ada", "target_modules": ["q"]}}
+)
+OTHER = random_bank({"eve": random_adapter(RANKS["bob"], 7)})
+Fields = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_bank(BANK, tmp_path / "bank", source="org/base")
+    return tmp_path / "bank"
+
+
+def edit(folder: Path, change: Callable[[Fields], None]) -> None:
+    """Change bank.json as someone would who also knows how to seal it."""
+    fields = json.loads((folder / "bank.json").read_text())
+    change(fields)
+    fields["manifest_sha256"] = "0" * 64
+    text = json.dumps(fields)
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "bank.json").write_text(text.replace("0" * 64, seal, 1))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors as someone would who also renews every checksum."""
+    (file,) = folder.glob("factors-*")
+    tensors = load_file(file)
+    file.unlink()
+    change(tensors)
+    save_file(tensors, file)
+    data = file.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"factors-{sha256[:16]}.safetensors"
+    file.rename(folder / name)
+    edit(folder, lambda fields: fields.update(files=[entry(name, len(data), sha256)]))
+
+
+def entry(name: str, size: int, sha256: str) -> Fields:
+    return {"name": name, "size": size, "sha256": sha256}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_bank_comes_back_as_it_was(folder: Path) -> None:
+    loaded = load_bank(folder)
+    assert loaded.digest == BANK.digest
+    assert (loaded.base, loaded.tasks) == (BANK.base, BANK.tasks)
+    assert torch.equal(loaded.cores, BANK.cores)
+    for found, expected in zip(loaded.modules, BANK.modules, strict=True):
+        assert (found.name, found.ranks) == (expected.name, expected.ranks)
+        assert torch.equal(found.U, expected.U)
+        assert torch.equal(found.V, expected.V)
+
+
+def test_the_manifest_says_what_is_there_without_reading_tensors(folder: Path) -> None:
+    (file,) = folder.glob("factors-*")
+    file.unlink()
+    described = read_manifest(folder)
+    assert described.base.source == "org/base"
+    assert [(task.name, task.ranks) for task in described.tasks] == [
+        ("ada", (2,)),
+        ("bob", (1, 3, 4)),
+        ("cyd", (3, 5)),
+    ]
+    assert described.tasks[0].provenance == {"source": "org/ada", "target_modules": ["q"]}
+
+
+def test_whoever_may_read_the_description_may_read_the_factors(folder: Path) -> None:
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_a_large_bank_is_written_in_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "SHARD_BYTES", 1000)
+    save_bank(BANK, tmp_path / "bank")
+    assert len(names(tmp_path / "bank")) == 3
+    assert torch.equal(load_bank(tmp_path / "bank").cores, BANK.cores)
+
+
+def test_a_loaded_bank_does_not_follow_changes_of_its_files(folder: Path) -> None:
+    loaded = load_bank(folder)
+    (file,) = folder.glob("factors-*")
+    with file.open("r+b") as stream:
+        stream.write(b"\xff" * file.stat().st_size)
+    file.write_bytes(b"")
+    assert torch.equal(loaded.cores, BANK.cores)
+
+
+def test_it_is_for_one_base_model() -> None:
+    check_base(BANK, BASE.fingerprint)
+    with pytest.raises(BankError, match="another base model: for random with fingerprint 0000"):
+        check_base(BANK, "1" * 64)
+
+
+def test_an_existing_bank_is_replaced_only_on_request(folder: Path) -> None:
+    with pytest.raises(BankError, match="already holds a bank"):
+        save_bank(OTHER, folder)
+    assert load_bank(folder).names == BANK.names
+    save_bank(OTHER, folder, replace=True)
+    assert load_bank(folder).names == OTHER.names
+    assert len(names(folder)) == 2
+    save_bank(OTHER, folder, replace=True)
+    assert load_bank(folder).names == OTHER.names
+    assert names(folder.parent) == ["bank"]
+
+
+def test_nothing_but_a_bank_is_ever_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("file", "folder", "link"):
+        with pytest.raises(BankError, match=name):
+            save_bank(BANK, tmp_path / name, replace=True)
+    (tmp_path / "empty").mkdir()
+    save_bank(BANK, tmp_path / "empty")
+    assert load_bank(tmp_path / "empty").digest == BANK.digest
+    assert names(tmp_path) == ["empty", "file", "folder", "link"]
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 1500, 4000], ids=["none", "half the factors", "the factors"])
+def test_no_room_on_the_disk_leaves_nothing_behind(folder: Path, room: int) -> None:
+    (factors,) = folder.glob("factors-*")
+    assert 1500 < factors.stat().st_size < 4000
+    for target, asked in ((folder, True), (folder.parent / "new", False)):
+        with files_no_larger_than(room), pytest.raises(BankError, match=f"cannot write.*{target}"):
+            save_bank(BANK, target, source="x" * 5000, replace=asked)
+    assert names(folder.parent) == ["bank"]
+    assert load_bank(folder).digest == BANK.digest
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BankError, match=r"cannot write the bank .*/file/bank: Not a directory"):
+        save_bank(BANK, tmp_path / "file" / "bank")
+
+
+def test_a_writer_killed_at_any_step_leaves_what_was_there_or_the_new_bank(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bank.killed_writer", str(tmp_path)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+    for before, found in json.loads(printed).items():
+        assert set(found) == {before, "new"}
+        assert found.index("new") > 5
+        assert found == [before] * found.count(before) + ["new"] * found.count("new")
+
+
+def test_a_flipped_bit_anywhere_in_the_description_is_noticed(folder: Path) -> None:
+    file = folder / "bank.json"
+    data = bytearray(file.read_bytes())
+    for place in range(0, len(data), 7):
+        data[place] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(BankError, match=r"bank\.json"):
+            read_manifest(folder)
+        data[place] ^= 1
+    file.write_bytes(data)
+    assert read_manifest(folder).digest == BANK.digest
+
+
+def test_a_flipped_bit_or_a_lost_byte_of_the_factors_is_noticed(folder: Path) -> None:
+    (file,) = folder.glob("factors-*")
+    data = bytearray(file.read_bytes())
+    for place in (0, 9, len(data) // 2, len(data) - 1):
+        data[place] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(BankError, match=rf"{file.name} was changed"):
+            load_bank(folder)
+        data[place] ^= 1
+    for length in (0, 100, len(data) - 1):
+        file.write_bytes(data[:length])
+        with pytest.raises(BankError, match=rf"{file.name} is {length} bytes"):
+            load_bank(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is not JSON"),
+        (b'{"format": 1', "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[]", "not the description of a dynmerge bank"),
+        (b"{}", "not the description of a dynmerge bank"),
+        (b'{"format": "1"}', "not the description of a dynmerge bank"),
+        (b'{"format": 2, "anything": []}', "has format 2; this dynmerge .* reads format 1"),
+        (b'{"format": 1}', "was changed after it was written"),
+    ],
+)
+def test_a_description_that_is_none_is_refused(
+    folder: Path, content: bytes, complaint: str
+) -> None:
+    (folder / "bank.json").write_bytes(content)
+    with pytest.raises(BankError, match=complaint):
+        load_bank(folder)
+
+
+def change(*path: str | int, to: object) -> Callable[[Fields], None]:
+    def apply(fields: Any) -> None:
+        for step in path[:-1]:
+            fields = fields[step]
+        fields[path[-1]] = to
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (change("extra", to=1), "extra: Extra inputs"),
+        (lambda fields: fields.pop("base"), "base: Field required"),
+        (change("base", "name", to=["tiny"]), r"base\.name"),
+        (change("base", "source", to="\ud800"), r"Invalid JSON"),
+        (change("tasks", to=[]), "tasks: .* at least 1"),
+        (change("tasks", 0, "name", to="../ada"), "'../ada' is not a skill name"),
+        (change("tasks", 0, "name", to="base"), "'base' names the base model"),
+        (change("tasks", 0, "name", to="bob"), "a task stands there twice"),
+        (change("tasks", 0, "digest", to="00"), r"tasks\.0\.digest"),
+        (change("tasks", 0, "digest", to="1" * 64), "states the digest"),
+        (change("tasks", 0, "name", to="abe"), "states the digest"),
+        (change("base", "fingerprint", to="1" * 64), "states the digest"),
+        (change("tasks", 0, "ranks", to=[3]), "task ada states ranks"),
+        (change("modules", 0, "name", to="../../etc"), r"modules\.0\.name"),
+        (change("modules", 0, "name", to="layers.0.v"), "a module stands there twice"),
+        (change("modules", 0, "name", to="layers.0.k"), "'layers.0.q.* bank.json does not name"),
+        (lambda fields: fields["modules"].pop(3), "has"),
+        (change("modules", 0, "ranks", to=[2, 3]), "has 2 ranks for 3 tasks"),
+        (change("modules", 0, "ranks", to=[2, 3, -1]), r"modules\.0\.ranks\.2"),
+        (change("modules", 0, "ranks", to=[2, 3.5, 0]), r"modules\.0\.ranks\.1"),
+        (change("modules", 0, "p", to=6), "do not fit ranks that sum to 5"),
+        (change("modules", 0, "p", to=4), r"is F32 \((12|5), 5\), not F32"),
+        (change("modules", 0, "d_in", to=10**12), r"not F32 \(1000000000000, 5\)"),
+        (change("modules", 0, "d_in", to=True), r"modules\.0\.d_in"),
+        (change("files", to=[]), "files: .* at least 1"),
+        (change("files", 0, "name", to="../factors-0000000000000000.safetensors"), "files.0.name"),
+        (change("files", 0, "name", to="/etc/passwd"), "files.0.name"),
+        (change("files", 0, "sha256", to="1" * 64), "is not named by its sha256"),
+        (change("files", 0, "size", to=10**15), "bank.json says 1000000000000000"),
+        (change("files", 0, to=entry("factors-" + "1" * 16 + ".safetensors", 9, "1" * 64)), "miss"),
+    ],
+)
+def test_an_inconsistent_description_is_refused(
+    folder: Path, change: Callable[[Fields], None], complaint: str
+) -> None:
+    edit(folder, change)
+    with pytest.raises(BankError, match=complaint):
+        load_bank(folder)
+
+
+def no_number(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.0.q.U"][0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda tensors: tensors.pop("layers.0.q.U"), "no file holds the tensor layers.0.q.U"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "holds a tensor 'more'"),
+        (no_number, r"layers\.0\.q\.U holds NaN or infinity"),
+        (
+            lambda tensors: tensors.update({"layers.0.q.U": tensors["layers.0.q.U"].half()}),
+            r"layers\.0\.q\.U is F16 \(12, 5\), not F32 \(12, 5\)",
+        ),
+    ],
+)
+def test_wrong_tensors_are_refused_whatever_the_checksums(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], complaint: str
+) -> None:
+    rewrite(folder, change)
+    with pytest.raises(BankError, match=complaint):
+        load_bank(folder)
+
+
+def test_factors_that_are_no_safetensors_are_refused(folder: Path) -> None:
+    sha256 = hashlib.sha256(b"no tensors").hexdigest()
+    name = f"factors-{sha256[:16]}.safetensors"
+    (folder / name).write_bytes(b"no tensors")
+    edit(folder, lambda fields: fields.update(files=[entry(name, 10, sha256)]))
+    with pytest.raises(BankError, match=f"{name} is not a safetensors file"):
+        load_bank(folder)
+
+
+def test_what_is_no_bank_is_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(BankError, match="nowhere: there is no such folder"):
+        load_bank(tmp_path / "nowhere")
+    with pytest.raises(BankError, match=r"is not a bank: it has no bank\.json"):
+        load_bank(tmp_path)
+    (folder / "bank.json").unlink()
+    (folder / "bank.json").mkdir()
+    with pytest.raises(BankError, match=r"bank\.json"):
+        load_bank(folder)
+
+
+@pytest.mark.parametrize("pattern", ["bank.json", "factors-*"])
+def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(
+    folder: Path, pattern: str
+) -> None:
+    (file,) = folder.glob(pattern)
+    (folder / "..data").mkdir()
+    moved = file.rename(folder / "..data" / file.name)
+    file.symlink_to(moved)
+    assert load_bank(folder).digest == BANK.digest
+    outside = shutil.move(moved, folder.parent / "outside")
+    file.unlink()
+    file.symlink_to(outside)
+    with pytest.raises(BankError, match="is a link that leads out of the bank"):
+        load_bank(folder)
+
+
+def test_a_file_that_may_not_be_read_is_named(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (file,) = folder.glob("factors-*")
+    (folder / "pipe").replace(file)
+    with pytest.raises(BankError, match=f"{file.name} is missing"):
+        load_bank(folder)
+
+
+def test_a_name_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    module = replace(BANK.modules[0], name="a/b")
+    with pytest.raises(BankError, match=r"cannot be written: modules\.0\.name"):
+        save_bank(replace(BANK, modules=(module,)), tmp_path / "bank")
+    assert names(tmp_path) == []

@@ -1,0 +1,295 @@
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+import dynmerge
+from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.base_model import BaseModel
+from dynmerge.adapters.checkpoint import load_adapter
+from dynmerge.bank.storage import load_bank, read_manifest
+from dynmerge.cli import main
+from dynmerge.merging.methods import METHODS
+from tests import reference
+
+Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr
+PREFERENCE = "ada=0.5, bob=0.2, dee=0.3"
+WEIGHTS = {"ada": 0.5, "bob": 0.2, "dee": 0.3}
+PROMPT = torch.arange(3, 40).reshape(1, -1)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        code = ended.value.code
+        return (0 if code is None else int(code), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def adapters(base_folder: Path, adapter_folders: dict[str, Path]) -> dict[str, Adapter]:
+    base = BaseModel.open(base_folder)
+    return {name: load_adapter(folder, base) for name, folder in adapter_folders.items()}
+
+
+def build_words(base: Path, adapters: dict[str, Path], bank: Path) -> list[str]:
+    pairs = [f"--adapter={name}={folder}" for name, folder in adapters.items()]
+    return ["build", str(base), *pairs, "-o", str(bank)]
+
+
+@pytest.fixture(scope="module")
+def bank(
+    base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("banks") / "bank"
+    with pytest.raises(SystemExit) as ended:
+        main(build_words(base_folder, adapter_folders, folder))
+    assert ended.value.code == 0
+    return folder
+
+
+def test_build_writes_a_bank_and_says_where(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = build_words(base_folder, adapter_folders, tmp_path / "bank")
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out.splitlines()[-1] == str(tmp_path / "bank")
+    assert out.startswith("base    tiny, fingerprint ")
+    built = load_bank(tmp_path / "bank")
+    assert built.names == ("ada", "bob", "cyd", "dee")
+    assert built.base.fingerprint == BaseModel.open(base_folder).fingerprint
+    described = read_manifest(tmp_path / "bank")
+    assert described.base.source == str(base_folder)
+    assert described.tasks[2].provenance["source"] == str(adapter_folders["cyd"])
+    assert described.tasks[2].provenance["use_rslora"] is True
+    assert described.tasks[2].provenance["r"] == 4
+
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert (
+        err
+        == f"error: {tmp_path / 'bank'} already holds a bank; replace it only if that is meant\n"
+    )
+    assert run(*words, "--replace")[0] == 0
+
+
+def test_build_refuses_an_adapter_of_another_base_unless_it_is_trusted(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.symlink_to(base_folder)
+    words = build_words(renamed, {"ada": adapter_folders["ada"]}, tmp_path / "bank")
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert "error: adapter 'ada': it was trained on 'tiny', not on 'renamed'" in err
+    assert not (tmp_path / "bank").exists()
+    assert run(*words, "--trust-base")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("adapters", "complaint"),
+    [
+        (["ada"], "'ada' is not NAME=SOURCE"),
+        (["=x"], "'=x' is not NAME=SOURCE"),
+        (["ada=x", "ada=y"], "'ada' is named twice"),
+        ([], "Missing option '--adapter'"),
+    ],
+)
+def test_build_explains_how_adapters_are_named(
+    run: Run, tmp_path: Path, adapters: list[str], complaint: str
+) -> None:
+    words = [word for pair in adapters for word in ("-a", pair)]
+    code, _, err = run("build", "base", *words, "-o", tmp_path / "bank")
+    assert code == 2
+    assert complaint in err
+
+
+def test_inspect_shows_every_skill_and_pair(run: Run, bank: Path) -> None:
+    code, out, _ = run("inspect", bank)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["dee", "1,", "5", "6"] in [line[:4] for line in lines]
+    assert ["ada,", "dee", "-", "-", "0"] in lines
+    assert "\x1b" not in out
+
+
+def test_an_error_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None:
+    expected = f"error: {tmp_path} is not a bank: it has no bank.json\n"
+    assert run("inspect", tmp_path) == (2, "", expected)
+
+
+def test_inspect_gives_json_and_a_picture(run: Run, bank: Path, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", bank, "--json", "--plot", tmp_path / "bank.png")
+    assert code == 0
+    assert json.loads(out)["digest"] == load_bank(bank).digest
+    assert (tmp_path / "bank.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = run("inspect", bank, "--plot", tmp_path / "bank.doc")
+    assert (code, out) == (2, "")
+    assert "bank.doc: its ending must be one of" in err
+
+
+def test_inspect_shows_what_files_say_without_obeying_it(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    loud = tmp_path / "\x1b[31m[bold]red\x07"
+    loud.symlink_to(adapter_folders["ada"])
+    assert run(*build_words(base_folder, {"ada": loud}, tmp_path / "bank"))[0] == 0
+    code, out, _ = run("inspect", tmp_path / "bank")
+    assert code == 0
+    assert "\ufffd[31m[bold]red\ufffd" in out
+    assert not {"\x1b", "\x07"} & set(out)
+    code, _, err = run("inspect", loud)
+    assert code == 2
+    assert "\ufffd[31m[bold]red\ufffd is not a bank" in err
+
+
+def test_an_exported_merge_is_what_peft_loads_and_computes(
+    run: Run,
+    bank: Path,
+    adapters: dict[str, Adapter],
+    base_model: PreTrainedModel,
+    tmp_path: Path,
+) -> None:
+    code, out, _ = run("export", bank, "-p", PREFERENCE, "-o", tmp_path / "mix")
+    assert code == 0
+    assert out.splitlines()[0].startswith("merge   ada=0.5, bob=0.2, dee=0.3 by linear;scale=1, ")
+    assert "keeps 100.00% of the energy" in out
+    assert out.splitlines()[-1] == str(tmp_path / "mix")
+
+    with torch.no_grad():
+        plain = base_model(PROMPT).logits
+        loaded = PeftModel.from_pretrained(base_model, tmp_path / "mix")
+        found = loaded(PROMPT).logits
+        written = reference.written_out(loaded.unload(), reference.merged_deltas(adapters, WEIGHTS))
+        expected = written(PROMPT).logits
+    assert (found - plain).abs().max() > 1
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lower_rank_keeps_less(run: Run, bank: Path, tmp_path: Path) -> None:
+    kept = []
+    for rank in (6, 3, 1):
+        code, out, _ = run(
+            "export", bank, "-p", PREFERENCE, "--rank", rank, "-o", tmp_path / f"r{rank}"
+        )
+        assert code == 0
+        line = out.splitlines()[1]
+        assert line.startswith(f"rank    {rank}, which keeps ")
+        kept.append(float(line.split()[-4].removesuffix("%")))
+        config = json.loads((tmp_path / f"r{rank}" / "adapter_config.json").read_text())
+        assert config["r"] == rank
+    assert 100 > kept[0] > kept[1] > kept[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["-p", "eve=1"], "--preference: no skill named 'eve' (known: ada, bob, cyd, dee)"),
+        (["-p", "ada=x y"], "--preference, column"),
+        (["-p", "base=1"], "asks for the base model: there is nothing to export"),
+        (["-p", "ada=1", "-m", "nope"], "--method: no method 'nope' (known: linear"),
+        (["-p", "ada=1", "--rank", "0"], "--rank"),
+        ([], "Missing option '--preference'"),
+    ],
+)
+def test_export_refuses_what_makes_no_adapter(
+    run: Run, bank: Path, tmp_path: Path, words: list[str], complaint: str
+) -> None:
+    code, out, err = run("export", bank, *words, "-o", tmp_path / "mix")
+    assert (code, out) == (2, "")
+    assert complaint in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_into_no_folder_that_is_there(run: Run, bank: Path, tmp_path: Path) -> None:
+    code, _, err = run("export", bank, "-p", "ada=1", "-o", tmp_path)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:
+    code, out, _ = run("methods")
+    assert code == 0
+    for name, method in METHODS.items():
+        assert f"\n{name} " in f"\n{out}"
+        for parameter in method.parameters:
+            assert f";{parameter.name}=" in out
+
+
+def test_serve_refuses_a_configuration_before_it_serves(
+    run: Run, bank: Path, tmp_path: Path
+) -> None:
+    code, out, err = run("serve", bank, "--host", "0.0.0.0")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: host 0.0.0.0 is reachable from other machines")
+    (tmp_path / "server.toml").write_text("prot = 80")
+    code, _, err = run("serve", bank, "--config", tmp_path / "server.toml")
+    assert code == 2
+    assert "no setting named prot (known: host, port" in err
+    code, _, err = run("serve", bank, "--dtype", "int3")
+    assert code == 2
+    assert "int3" in err or "float32" in err
+    code, _, err = run("serve", tmp_path)
+    assert code == 2
+    assert "is not a bank" in err
+
+
+def test_version_and_help_do_not_wait_for_torch() -> None:
+    script = (
+        "import sys\nfrom dynmerge.cli import main\n"
+        "try: main(['--version'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == f"{dynmerge.__version__}\n"
+    assert not {"torch", "transformers", "matplotlib", "fastapi"} & set(ended.stderr.split())
+
+
+def test_ctrl_c_exits_130_without_a_traceback(run: Run, bank: Path, tmp_path: Path) -> None:
+    importlib.import_module("dynmerge.cli.serve")
+    os.mkfifo(tmp_path / "server.toml")  # reading it waits for a writer who never comes
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        code, out, err = run("serve", bank, "--config", tmp_path / "server.toml")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(bank: Path) -> None:
+    terminal, shown = os.openpty()
+    command = [sys.executable, "-m", "dynmerge.cli", "inspect", str(bank)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=shown, check=True)
+    assert b"comparing" in os.read(terminal, 1 << 16)
+    assert b"comparing" not in ended.stdout
+    os.close(terminal)
+    os.close(shown)
+
+
+def test_the_package_exports_what_it_says() -> None:
+    assert len(set(dynmerge.__all__)) == len(dynmerge.__all__)
+    for name in dynmerge.__all__:
+        assert getattr(dynmerge, name).__doc__
+    public = {name for name, value in vars(dynmerge).items() if isinstance(value, type)}
+    assert public | {"__version__"} == set(dynmerge.__all__)
