@@ -34,7 +34,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over module names and float32 factors: the content, whatever file it came from."""
+        """SHA-256 over module names and float32 factors: the content, whatever its file."""
         content = hashlib.sha256()
         for name, update in self.modules.items():
             for label, factor in (("A", update.A), ("B", update.B)):

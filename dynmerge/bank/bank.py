@@ -71,7 +71,7 @@ class ModuleFactors:
 
 @dataclass(frozen=True, slots=True)
 class CoreLayout:
-    """How the cores of all modules lie in one flat vector of `size` numbers, module after module."""
+    """How all modules' cores lie in one flat vector of `size` numbers, module after module."""
 
     shapes: tuple[tuple[int, int], ...]
 
@@ -148,7 +148,7 @@ class FactorBank:
         return torch.stack(rows)
 
     def to(self, device: torch.device | str, *, bases: bool = True) -> "FactorBank":
-        """The same bank with its factors on `device`; without `bases`, U and V stay where they are."""
+        """The same bank on `device`; without `bases`, U and V stay where they are."""
 
         def moved(module: ModuleFactors) -> ModuleFactors:
             return replace(

@@ -58,8 +58,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One sequence to generate: the prompt's token ids, the merge to run under, and the sampling.
-    """
+    """One sequence to generate: the prompt's token ids, the merge to run under, the sampling."""
 
     prompt: tuple[int, ...]
     merge: Merge | None  # None: the base model
@@ -128,8 +127,7 @@ class Engine(Protocol):
     def device(self) -> torch.device: ...
 
     def check(self, generation: Generation) -> None:
-        """Raise RequestError (or PromptTooLong) for what can never run, before anything is queued.
-        """
+        """Raise RequestError (or PromptTooLong) for what can never run, before it is queued."""
         ...
 
     def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
