@@ -1,0 +1,244 @@
+"""Layers: adds U (C (V^T x)) to each linear layer the bank knows, every token under its own C.
+
+The base model's weights are read and never written. A step's plan is made once, before the forward
+pass, and the hooks only follow it. A core is held as C^T (q, p): activations come in rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynmerge.bank.bank import CoreLayout, FactorBank, ModuleFactors
+from dynmerge.errors import BankError
+from dynmerge.merging.merge import Merge
+
+BASE = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [start, stop) under rows [row, row + rows): one row for all of them, or one each."""
+
+    start: int
+    stop: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How one batch maps to cores. `cores[module]` is what `whole` or `each` multiplies with."""
+
+    tokens: int
+    kind: str  # whole: one core for all tokens; each: one per token; pieces: neither
+    cores: Sequence[Tensor]
+    pieces: tuple[Piece, ...] = ()
+
+
+class CoreRows:
+    """The cores of the requests in the batch: row i of every module is request i's.
+
+    A row is written only when another merge takes its place. One module's rows lie side by side, so
+    that they are read in one sweep.
+    """
+
+    def __init__(self, layout: CoreLayout, rows: int, dtype: torch.dtype, device: torch.device):
+        self._digests = [BASE] * rows
+        # Neighbours of equal shape share a block (modules, rows, q, p), written in one copy.
+        self._blocks: list[tuple[slice, Tensor]] = []
+        self.views: list[Tensor] = []  # (rows, q, p) per module
+        for (p, q), run in groupby(layout.spans(), key=lambda span: span[1]):
+            spans = [span for span, _ in run]
+            block = torch.zeros(len(spans), rows, q, p, dtype=dtype, device=device)
+            self._blocks.append((slice(spans[0].start, spans[-1].stop), block))
+            self.views.extend(block)
+
+    def place(self, merges: Sequence[Merge | None]) -> None:
+        """Make row i hold the cores of merges[i]."""
+        written = False
+        for row, merge in enumerate(merges):
+            digest = digest_of(merge)
+            if self._digests[row] != digest:
+                self._write(row, merge)
+                self._digests[row] = digest
+                written = True
+        device = self.views[0].device
+        if written and device.type == "cuda":
+            # The forward pass runs on a stream of its own.
+            torch.cuda.current_stream(device).synchronize()
+
+    def _write(self, row: int, merge: Merge | None) -> None:
+        for span, block in self._blocks:
+            modules, _, q, p = block.shape
+            if merge is None:
+                block[:, row].zero_()
+            else:
+                block[:, row].copy_(merge.core[span].view(modules, p, q).mT)
+
+
+class Layers:
+    """One bank on one model: the shared bases in its dtype, a hook on every layer they change."""
+
+    def __init__(self, model: nn.Module, bank: FactorBank, max_batch: int) -> None:
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.plan: Plan | None = None  # what the hooks follow; None: they do nothing
+        self._made: tuple[tuple[object, ...], Plan] | None = None  # the last, and what it was for
+        self._rows = CoreRows(bank.layout, max_batch, self.dtype, self.device)
+        targets = [_target(model, module) for module in bank.modules]
+        self._first = targets[0], bank.modules[0]
+        self._hooks = [
+            target.register_forward_hook(self._hook(index, module))
+            for index, (target, module) in enumerate(zip(targets, bank.modules, strict=True))
+        ]
+
+    def check(self) -> None:
+        """Raise BankError unless a hooked layer gives W x + U (C (V^T x)) for a random C.
+
+        Finds a layer whose forward pass is not what hooks expect, without writing a weight.
+        """
+        generator = torch.Generator().manual_seed(0)
+        layer, module = self._first
+        d_in = module.V.shape[0]
+        core = torch.randn(module.core_shape, generator=generator)
+        x = torch.randn(1, 3, d_in, generator=generator).to(self.device, self.dtype)
+        with torch.no_grad():
+            plain = layer(x)
+            self.plan = Plan(3, "whole", [core.mT.to(self.device, self.dtype)])
+            found = layer(x) - plain
+            self.clear()
+        U, V = module.U.to(self.device), module.V.to(self.device)
+        wanted = x.float() @ V @ core.mT.to(self.device) @ U.mT
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        size = wanted.abs().max() + plain.abs().max()
+        if (found.float() - wanted).abs().max() > tolerance * size:
+            raise BankError(f"{module.name} does not add its update: the model runs it otherwise")
+
+    def prepare(self, merges: Sequence[Merge | None], lengths: Sequence[int]) -> None:
+        """Plan the next forward pass: request i has lengths[i] tokens in a row, under merges[i]."""
+        digests = [digest_of(merge) for merge in merges]
+        if not any(digests):
+            self.plan = None
+            return
+        key = (*digests, *lengths)
+        if self._made is None or self._made[0] != key:
+            self._made = key, self._planned(merges, digests, lengths)
+        self.plan = self._made[1]
+
+    def clear(self) -> None:
+        """Leave the model as it was, until the next plan."""
+        self.plan = None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _planned(
+        self, merges: Sequence[Merge | None], digests: Sequence[str], lengths: Sequence[int]
+    ) -> Plan:
+        tokens = sum(lengths)
+        if len(set(digests)) == 1:
+            self._rows.place(merges[:1])
+            return Plan(tokens, "whole", [view[0] for view in self._rows.views])
+        self._rows.place(merges)
+        if tokens == len(merges):
+            return Plan(tokens, "each", [view[:tokens] for view in self._rows.views])
+        return Plan(tokens, "pieces", self._rows.views, pieces(digests, lengths))
+
+    def _hook(
+        self, index: int, module: ModuleFactors
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        V = module.V.to(self.device, self.dtype).contiguous()  # (d_in, q)
+        UT = module.U.mT.to(self.device, self.dtype).contiguous()  # (p, d_out)
+        d_in, d_out = V.shape[0], UT.shape[1]
+
+        def add_update(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            plan = self.plan
+            if plan is None:
+                return
+            z = inputs[0].reshape(-1, d_in).mm(V)
+            if len(z) != plan.tokens:
+                raise RuntimeError(f"{module.name}: {len(z)} tokens came, {plan.tokens} planned")
+            cores = plan.cores[index]
+            if plan.kind == "each":
+                z = torch.bmm(z.unsqueeze(1), cores).squeeze(1)
+            elif plan.kind == "whole":
+                z = z.mm(cores)
+            else:
+                z = _piecewise(z, cores, plan.pieces)
+            # A linear layer's output is fresh: nothing else sees it yet.
+            output.view(-1, d_out).addmm_(z, UT)
+
+        return add_update
+
+
+def digest_of(merge: Merge | None) -> str:
+    """The merge's name; BASE for the base model, whose preference may also be spelled out."""
+    return BASE if merge is None or merge.recipe.is_base else merge.recipe.digest
+
+
+def pieces(digests: Sequence[str], lengths: Sequence[int]) -> tuple[Piece, ...]:
+    """The batch in the fewest pieces: runs of single tokens, and runs of requests under one merge.
+
+    Tokens of the base model are in no piece.
+    """
+    found: list[Piece] = []
+    row, start = 0, 0
+    for (single, digest), run in groupby(
+        zip(digests, lengths, strict=True),
+        key=lambda request: (request[1] == 1, None if request[1] == 1 else request[0]),
+    ):
+        members = [length for _, length in run]
+        stop = start + sum(members)
+        if single:
+            found.append(Piece(start, stop, row, len(members)))
+        elif digest != BASE:
+            found.append(Piece(start, stop, row, 1))
+        row, start = row + len(members), stop
+    return tuple(found)
+
+
+def _piecewise(z: Tensor, cores: Tensor, plan: tuple[Piece, ...]) -> Tensor:
+    """(tokens, p): each piece of z (tokens, q) times its own cores (rows, q, p); 0 elsewhere."""
+    result = z.new_zeros(len(z), cores.shape[2])
+    for piece in plan:
+        part = z[piece.start : piece.stop]
+        if piece.rows == 1:
+            result[piece.start : piece.stop] = part.mm(cores[piece.row])
+        else:
+            own = cores[piece.row : piece.row + piece.rows]
+            result[piece.start : piece.stop] = torch.bmm(part.unsqueeze(1), own).squeeze(1)
+    return result
+
+
+def _target(model: nn.Module, module: ModuleFactors) -> nn.Module:
+    """The layer a module names. Raises BankError where the model has no such linear layer."""
+    try:
+        layer = model.get_submodule(module.name)
+    except AttributeError:
+        raise BankError(f"the base model has no module named {module.name!r}") from None
+    if layer is _output_layer(model):
+        # It sees only the rows that are sampled from, not every token of the batch.
+        raise BankError(f"{module.name} is the output layer, which the engine cannot change")
+    if isinstance(layer, nn.Linear):
+        shape = (layer.out_features, layer.in_features)
+    elif isinstance(layer, Conv1D):
+        shape = (layer.nf, layer.nx)
+    else:
+        raise BankError(f"{module.name} is a {type(layer).__name__}, not a linear layer")
+    if shape != (module.U.shape[0], module.V.shape[0]):
+        raise BankError(
+            f"{module.name} is {shape}, but the bank's is {(module.U.shape[0], module.V.shape[0])}"
+        )
+    return layer
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
