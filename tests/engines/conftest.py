@@ -1,8 +1,9 @@
 """A bank of random skills for any model, and a way to ask an engine."""
 
 import asyncio
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.engine import Chunk, Engine, Generation, Sampling, Token
-from dynmerge.engines.transformers import BaseModel, EngineConfig, TransformersEngine
+from dynmerge.engines.transformers import EngineConfig, LoadedModel, TransformersEngine
 from dynmerge.merging.merge import Merge, merge
 from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
@@ -25,6 +26,7 @@ from tests.conftest import tiny_model
 from tests.reference import merged_deltas, written_out
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, logprobs=3, ignore_eos=True)
+LONG = replace(GREEDY, max_tokens=400, logprobs=None)
 
 # Every third module, beginning elsewhere, each skill of its own rank: sets that overlap and differ.
 RANKS: Mapping[str, int] = {"ada": 2, "bob": 3, "cyd": 5}
@@ -90,7 +92,7 @@ class Bench:
 def bench_of(model: PreTrainedModel, tokenizer: object, config: EngineConfig) -> Bench:
     adapters = skills(model)
     bank = build_bank(BaseIdentity("tiny", "0" * 64), adapters)
-    engine = TransformersEngine(BaseModel(model, tokenizer), bank, config)  # type: ignore[arg-type]
+    engine = TransformersEngine(LoadedModel(model, tokenizer), bank, config)  # type: ignore[arg-type]
     return Bench(engine, model, adapters, bank)
 
 
@@ -131,3 +133,40 @@ async def answer(engine: Engine, generation: Generation) -> Answer:
 async def answers(engine: Engine, generations: Sequence[Generation]) -> list[Answer]:
     """All at once, so that they share batches."""
     return await asyncio.gather(*(answer(engine, generation) for generation in generations))
+
+
+def prompt(length: int, start: int = 0) -> list[int]:
+    return [3 + (start + 7 * i * i + i) % 317 for i in range(length)]
+
+
+def checksum(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def greedy_steps(
+    model: nn.Module, ids: Sequence[int], tokens: int
+) -> tuple[list[int], list[float]]:
+    """The plain model, everything computed anew for each token."""
+    sequence, logprobs = list(ids), []
+    with torch.no_grad():
+        for _ in range(tokens):
+            row = torch.log_softmax(model(torch.tensor([sequence])).logits[0, -1], dim=-1)
+            sequence.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+    return sequence[len(ids) :], logprobs
+
+
+def logprobs(found: Answer) -> list[float]:
+    return [token.logprob for token in found.tokens if token.logprob is not None]
+
+
+async def until(condition: object) -> None:
+    """Wait for something another thread does within a second."""
+    for _ in range(200):
+        if condition():  # type: ignore[operator]
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to pass")

@@ -1,31 +1,28 @@
 import asyncio
-import hashlib
 import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 from transformers import AutoTokenizer
 
-from dynmerge.engines.engine import Chunk, Generation, Grammar, Sampling
-from dynmerge.engines.transformers import EngineConfig, TransformersEngine
-from dynmerge.errors import (
-    BaseModelError,
-    ConfigError,
-    DynmergeError,
-    EngineDead,
-    Overloaded,
-    PromptTooLong,
-    RequestError,
-)
+from dynmerge.engines.engine import Grammar, Sampling
+from dynmerge.engines.transformers import EngineConfig
 from tests.conftest import tiny_model
-from tests.engines.conftest import GREEDY, SMALL, Answer, Bench, answer, answers, bench_of
+from tests.engines.conftest import (
+    GREEDY,
+    LONG,
+    SMALL,
+    Bench,
+    answer,
+    answers,
+    bench_of,
+    checksum,
+    greedy_steps,
+    logprobs,
+    prompt,
+    until,
+)
 
 # Eight merges and the base model; prompts longer than a step (24 tokens) are taken in pieces.
 ASKED: list[tuple[int, dict[str, float]]] = [
@@ -39,53 +36,6 @@ ASKED: list[tuple[int, dict[str, float]]] = [
     (12, {"ada": 1.5, "bob": -1.0}),
     (40, {}),
 ]
-LONG = replace(GREEDY, max_tokens=400, logprobs=None)
-
-
-def prompt(length: int, start: int = 0) -> list[int]:
-    return [3 + (start + 7 * i * i + i) % 317 for i in range(length)]
-
-
-def checksum(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def greedy_steps(
-    model: nn.Module, ids: Sequence[int], tokens: int
-) -> tuple[list[int], list[float]]:
-    """The plain model, everything computed anew for each token."""
-    sequence, logprobs = list(ids), []
-    with torch.no_grad():
-        for _ in range(tokens):
-            row = torch.log_softmax(model(torch.tensor([sequence])).logits[0, -1], dim=-1)
-            sequence.append(int(row.argmax()))
-            logprobs.append(float(row.max()))
-    return sequence[len(ids) :], logprobs
-
-
-def logprobs(found: Answer) -> list[float]:
-    return [token.logprob for token in found.tokens if token.logprob is not None]
-
-
-async def until(condition: object) -> None:
-    """Wait for something another thread does within a second."""
-    for _ in range(200):
-        if condition():  # type: ignore[operator]
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to pass")
-
-
-@pytest.fixture(scope="module")
-def narrow(base_folder: Path) -> Iterator[Bench]:
-    """Runs one request at a time and lets one wait."""
-    config = replace(SMALL, max_batch=1, max_queue=1)
-    made = bench_of(tiny_model(), AutoTokenizer.from_pretrained(base_folder), config)
-    yield made
-    made.engine.close()
 
 
 async def test_each_of_a_batch_gets_what_it_gets_alone_and_what_its_merge_written_out_gives(
@@ -191,142 +141,6 @@ async def test_a_json_schema_gives_valid_json(bench: Bench) -> None:
     assert regex.text.endswith("c")
 
 
-@pytest.mark.parametrize(
-    "grammar",
-    [Grammar("json", '{"type":'), Grammar("regex", "[ab"), Grammar("lark", 'start: "a" b')],
-)
-def test_a_grammar_that_does_not_compile_is_refused_before_it_waits(
-    bench: Bench, grammar: Grammar
-) -> None:
-    with pytest.raises(RequestError) as refused:
-        bench.engine.check(bench.ask(prompt(3), replace(GREEDY, grammar=grammar)))
-    assert refused.value.param == "structured_outputs"
-
-
-@pytest.mark.parametrize("length", [501, 512, 4000])
-async def test_a_prompt_that_does_not_fit_is_refused_and_harms_nobody(
-    bench: Bench, length: int
-) -> None:
-    generation = bench.ask(prompt(length))
-    sentence = r"^This model's maximum context length is 512 tokens\. However, .*reduce the length"
-    with pytest.raises(PromptTooLong, match=sentence):
-        bench.engine.check(generation)
-    with pytest.raises(PromptTooLong, match=str(length)):
-        await answer(bench.engine, generation)
-    bench.engine.check(bench.ask(prompt(500)))
-    assert len((await answer(bench.engine, bench.ask(prompt(500)))).ids) == GREEDY.max_tokens
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"logit_bias": {384: 1.0}}, "logit_bias"),
-        ({"allowed_token_ids": (3, -1)}, "allowed_token_ids"),
-        ({"bad_words": ((3, 400),)}, "bad_words"),
-        ({"stop_token_ids": (384,)}, "stop_token_ids"),
-    ],
-)
-def test_token_ids_the_model_does_not_have_are_refused(
-    bench: Bench, change: dict[str, object], param: str
-) -> None:
-    with pytest.raises(RequestError, match="out of vocabulary") as refused:
-        bench.engine.check(bench.ask(prompt(3), replace(GREEDY, **change)))
-    assert refused.value.param == param
-
-
-@pytest.mark.parametrize("ids", [(3, 384), (-1, 3), ()])
-def test_prompts_the_model_cannot_read_are_refused(bench: Bench, ids: tuple[int, ...]) -> None:
-    with pytest.raises(RequestError) as refused:
-        bench.engine.check(Generation(ids, None, GREEDY))
-    assert refused.value.param == "prompt"
-
-
-async def test_a_merge_of_another_bank_is_an_error(bench: Bench) -> None:
-    generation = bench.ask(prompt(3), ada=1.0)
-    assert generation.merge is not None
-    foreign = replace(generation.merge, recipe=replace(generation.merge.recipe, bank="f" * 64))
-    with pytest.raises(DynmergeError, match="another bank"):
-        await answer(bench.engine, replace(generation, merge=foreign))
-
-
-async def test_a_client_that_leaves_frees_everything_running_or_queued(narrow: Bench) -> None:
-    engine = narrow.engine
-    async with aclosing(stream(engine, narrow.ask(prompt(40), LONG, ada=1.0))) as running:
-        await anext(running)
-        waiting = asyncio.create_task(answer(engine, narrow.ask(prompt(9), LONG, bob=1.0)))
-        await until(lambda: (engine.load().running, engine.load().waiting) == (1, 1))
-        assert engine.load().cache_usage > 0
-        with pytest.raises(Overloaded):
-            engine.check(narrow.ask(prompt(3)))
-        with pytest.raises(Overloaded):
-            await answer(engine, narrow.ask(prompt(3)))
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        assert engine.load().waiting == 0
-    assert engine.load().running == 0
-    await until(lambda: engine.load().cache_usage == 0)
-    processor = engine._worker._manager.batch_processor
-    assert not processor.scheduler.has_pending_requests()
-    assert len((await answer(engine, narrow.ask(prompt(5), cyd=1.0))).ids) == GREEDY.max_tokens
-
-
-def stream(engine: TransformersEngine, generation: Generation) -> AsyncIterator[Chunk]:
-    return engine.generate(generation)
-
-
-async def test_a_request_that_fails_fails_alone(bench: Bench) -> None:
-    impossible = replace(GREEDY, allowed_token_ids=(5,), bad_words=((5,),))
-    fine, failed = await answers(
-        bench.engine,
-        [bench.ask(prompt(7), ada=1.0), bench.ask(prompt(7), impossible, ada=1.0)],
-    )
-    assert (failed.last.finish_reason, failed.ids) == ("error", [])
-    assert fine.ids == (await answer(bench.engine, bench.ask(prompt(7), ada=1.0))).ids
-    assert bench.engine.load().running == 0
-
-
-async def test_a_dead_engine_is_restarted_once_and_then_given_up(base_folder: Path) -> None:
-    made = bench_of(tiny_model(), AutoTokenizer.from_pretrained(base_folder), SMALL)
-    engine, generation = made.engine, made.ask(prompt(7), ada=1.0)
-    expected = await answer(engine, generation)
-    embedding = made.model.get_input_embeddings()
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("out of memory, say")
-
-    hook = embedding.register_forward_pre_hook(fail)
-    assert (await answer(engine, generation)).last.finish_reason == "error"
-    await until(lambda: not engine._worker.alive())
-    hook.remove()
-    assert (await answer(engine, generation)).ids == expected.ids  # restarted on demand
-    assert engine.healthy()
-
-    hook = embedding.register_forward_pre_hook(fail)
-    assert (await answer(engine, generation)).last.finish_reason == "error"
-    await until(lambda: not engine._worker.alive())
-    assert not engine.healthy()  # and this restarts it
-    await until(engine._worker.alive)
-    assert (await answer(engine, generation)).last.finish_reason == "error"
-    await until(lambda: not engine._worker.alive())
-    with pytest.raises(EngineDead):
-        await answer(engine, generation)
-    assert not engine.healthy()
-    engine.close()
-
-
-async def test_close_aborts_what_runs_and_refuses_what_comes(base_folder: Path) -> None:
-    made = bench_of(tiny_model(), AutoTokenizer.from_pretrained(base_folder), SMALL)
-    running = made.engine.generate(made.ask(prompt(9), LONG, ada=1.0))
-    await anext(running)
-    await asyncio.to_thread(made.engine.close)
-    rest = [chunk async for chunk in running]
-    assert rest[-1].finish_reason == "abort"
-    made.engine.close()
-    assert not made.engine.healthy()
-    with pytest.raises(EngineDead):
-        await answer(made.engine, made.ask(prompt(9)))
-
-
 async def test_the_prefix_cache_serves_one_merge_only(base_folder: Path) -> None:
     config = replace(SMALL, prefix_cache=True)
     made = bench_of(tiny_model(), AutoTokenizer.from_pretrained(base_folder), config)
@@ -387,65 +201,3 @@ async def test_one_at_a_time_gives_the_same_answers(bench: Bench, base_folder: P
     assert made.engine.load().running == 0
     assert len((await answer(made.engine, made.ask(prompt(5)))).ids) == GREEDY.max_tokens
     made.engine.close()
-
-
-def test_a_folder_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
-    engine = TransformersEngine.from_folder(base_folder, bench.bank, SMALL)
-    assert engine.dtype == torch.float32
-    assert engine.device == torch.device("cpu")
-    assert (engine.context_length, engine.vocabulary_size) == (512, 384)
-    found = asyncio.run(answer(engine, bench.ask(prompt(9), ada=1.0)))
-    assert found.ids == asyncio.run(answer(bench.engine, bench.ask(prompt(9), ada=1.0))).ids
-    engine.close()
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path, bench: Bench) -> None:
-    with pytest.raises(BaseModelError):
-        TransformersEngine.from_folder(tmp_path, bench.bank, SMALL)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"dtype": "float64"},
-        {"device": "tpu"},
-        {"batching": "static"},
-        {"max_batch": 0},
-        {"max_queue": "many"},
-        {"cache_tokens": -5},
-        {"threads": True},
-        {"prefix_cache": 1},
-        {"max_batch": 64, "max_batch_tokens": 32},
-    ],
-)
-def test_a_configuration_out_of_range_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        EngineConfig(**change)  # type: ignore[arg-type]
-
-
-def test_a_process_that_forgets_to_close_still_ends(base_folder: Path) -> None:
-    script = f"""
-import asyncio, torch
-torch.set_num_threads(1)
-from transformers import AutoTokenizer
-from tests.conftest import tiny_model
-from tests.engines.conftest import SMALL, bench_of
-from tests.engines.test_engine import LONG, prompt
-
-bench = bench_of(tiny_model(), AutoTokenizer.from_pretrained({str(base_folder)!r}), SMALL)
-
-async def begin():
-    chunks = bench.engine.generate(bench.ask(prompt(9), LONG, ada=1.0))
-    print((await anext(chunks)).finish_reason)
-
-asyncio.run(begin())
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout) == (0, "None\n"), ended.stderr

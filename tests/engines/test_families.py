@@ -19,8 +19,15 @@ from transformers import (
 
 from dynmerge.engines.transformers.batching import ContinuousWorker
 from dynmerge.engines.transformers.single import SingleWorker
-from tests.engines.conftest import GREEDY, SMALL, answers, bench_of
-from tests.engines.test_engine import greedy_steps, logprobs, prompt
+from tests.engines.conftest import (
+    GREEDY,
+    SMALL,
+    answers,
+    bench_of,
+    greedy_steps,
+    logprobs,
+    prompt,
+)
 
 SIZES = {
     "vocab_size": 384,

@@ -2,6 +2,6 @@
 
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.engine import TransformersEngine
-from dynmerge.engines.transformers.model import BaseModel, load_base_model
+from dynmerge.engines.transformers.model import LoadedModel, load_base_model
 
-__all__ = ["BaseModel", "EngineConfig", "TransformersEngine", "load_base_model"]
+__all__ = ["EngineConfig", "LoadedModel", "TransformersEngine", "load_base_model"]

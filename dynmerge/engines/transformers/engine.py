@@ -21,7 +21,7 @@ from dynmerge.engines.transformers.admission import check_fits, check_tokens
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.grammar import Grammars
 from dynmerge.engines.transformers.layers import Layers, digest_of
-from dynmerge.engines.transformers.model import BaseModel, load_base_model
+from dynmerge.engines.transformers.model import LoadedModel, load_base_model
 from dynmerge.engines.transformers.request import News, Request
 from dynmerge.engines.transformers.sampling import Draw
 from dynmerge.engines.transformers.selftest import start_worker
@@ -32,7 +32,7 @@ from dynmerge.errors import DynmergeError, EngineDead, Overloaded
 class TransformersEngine:
     """Runs one base model with one bank's skills, many requests at once, through transformers."""
 
-    def __init__(self, base: BaseModel, bank: FactorBank, config: EngineConfig) -> None:
+    def __init__(self, base: LoadedModel, bank: FactorBank, config: EngineConfig) -> None:
         """Take over an already loaded model: it gets hooks, and its weights are never written.
 
         Raises BankError when the bank does not fit the model and EngineDead when nothing runs it.

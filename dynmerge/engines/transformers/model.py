@@ -22,7 +22,7 @@ GPU_CACHE_SHARE = 0.6  # of what is free once the weights are in
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
+class LoadedModel:
     """A model, its tokenizer, and the tokens that end its answers."""
 
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class BaseModel:
         return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def load_base_model(folder: Path, config: EngineConfig) -> BaseModel:
+def load_base_model(folder: Path, config: EngineConfig) -> LoadedModel:
     """Load from a local folder, safetensors only, never from a hub. Raises BaseModelError."""
     device = choose_device(config)
     try:
@@ -64,7 +64,7 @@ def load_base_model(folder: Path, config: EngineConfig) -> BaseModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as reason:
         raise BaseModelError(f"cannot load the base model: {reason}") from reason
-    return BaseModel(model.eval().requires_grad_(False), tokenizer)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -89,7 +89,7 @@ def choose_dtype(
     return dtype
 
 
-def cache_tokens(base: BaseModel, config: EngineConfig) -> int:
+def cache_tokens(base: LoadedModel, config: EngineConfig) -> int:
     """Tokens of keys and values to make room for: as configured, or a share of memory."""
     if config.cache_tokens is not None:
         return config.cache_tokens
@@ -103,7 +103,7 @@ def cache_tokens(base: BaseModel, config: EngineConfig) -> int:
     return max(config.max_batch_tokens, min(affordable, context * config.max_batch))
 
 
-def _bytes_per_token(base: BaseModel, config: EngineConfig) -> int:
+def _bytes_per_token(base: LoadedModel, config: EngineConfig) -> int:
     """Keys and values of one token in all layers, and its column of the attention mask."""
     text = base.model.config.get_text_config()
     query_heads = getattr(text, "num_attention_heads", None) or 1

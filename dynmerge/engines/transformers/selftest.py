@@ -16,7 +16,7 @@ from dynmerge.engines.transformers.attention import use_ragged_attention
 from dynmerge.engines.transformers.batching import ContinuousWorker, manager_logger
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.layers import Layers
-from dynmerge.engines.transformers.model import BaseModel, cache_tokens
+from dynmerge.engines.transformers.model import LoadedModel, cache_tokens
 from dynmerge.engines.transformers.request import Request
 from dynmerge.engines.transformers.sampling import Draw
 from dynmerge.engines.transformers.single import SingleWorker
@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.2}  # of
 
 
 def start_worker(
-    base: BaseModel, bank: FactorBank, layers: Layers, config: EngineConfig
+    base: LoadedModel, bank: FactorBank, layers: Layers, config: EngineConfig
 ) -> tuple[Worker, int]:
     """Start the best worker that answers rightly; return it with the context length it can hold.
 
@@ -97,7 +97,7 @@ def _problem(
     return None
 
 
-def _generations(base: BaseModel, bank: FactorBank, layers: Layers) -> list[Generation]:
+def _generations(base: LoadedModel, bank: FactorBank, layers: Layers) -> list[Generation]:
     """The base model and the first two skills, each on a prompt of another length."""
     sampling = Sampling(max_tokens=2, temperature=0.0, logprobs=0, ignore_eos=True)
     merges: list[Merge | None] = [None]
