@@ -56,7 +56,8 @@ def answer(client: OpenAI, preference: str) -> None:
             OUT.print(choice.delta.content or "", end="", markup=False)
     headers = reply.headers
     OUT.print(
-        f"\n[dim]applied {headers['x-dynmerge-applied']}, merge {headers['x-dynmerge-merge-id']}[/]"
+        f"\n[dim]applied {headers['x-dynmerge-applied']}, merge {headers['x-dynmerge-merge-id']}[/]",
+        soft_wrap=True,
     )
 
 

@@ -1,0 +1,1 @@
+"""dynmerge_server: HTTP around the dynmerge runtime. Holds no tensors."""

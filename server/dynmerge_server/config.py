@@ -1,0 +1,159 @@
+"""ServerConfig: everything an operator may say, from one TOML file and the command line.
+
+Read once at the start and never written to. The only environment variable is the secret API key.
+"""
+
+import ipaddress
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dynmerge.engines.transformers.config import EngineConfig
+from dynmerge.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+API_KEY_VARIABLE = "DYNMERGE_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may take. Sizes are bytes, times seconds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    header_bytes: int = 64 << 10
+    headers: int = 100
+    body_bytes: int = 16 << 20
+    receive_seconds: float = 30.0  # for the whole request to arrive
+    send_seconds: float = 60.0  # for a reader to take the next piece of a stream
+    n: int = 16  # answers to one prompt
+    prompts: int = 1024  # prompts in one request
+    sequences: int = 32  # sequences of one request that run or wait in the engine at once
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """Who may ask. No key means that everybody may, which only a loopback address allows."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    insecure: bool = False  # serve other hosts without a key
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What is drawn with where the request says nothing; None is the model's own, then vLLM's."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def over(self, other: "SamplingDefaults") -> "SamplingDefaults":
+        """These, and those of `other` where these say nothing."""
+        missing = {
+            item.name: getattr(other, item.name)
+            for item in fields(self)
+            if getattr(self, item.name) is None
+        }
+        return replace(self, **missing)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """All of the server's settings. Raises ConfigError on a combination not safe to serve."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 takes a free one
+    base: str | None = None  # the base model's folder or hub id; None is what the bank was built on
+    model_name: str | None = None  # what /v1/models calls the base model; None is its own name
+    default_preference: str | None = None  # as in the header; None is the base model
+    default_method: str | None = None  # as in the header; None is the library's default
+    allow_negative: bool = False  # raw weights below zero
+    cache_bytes: int = 1 << 30  # of merges
+    drain_seconds: int = 30  # between SIGTERM and giving up on requests in flight
+    presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    auth: Auth = field(default_factory=Auth)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        for part in (self.limits, self):
+            for item in fields(part):
+                value = getattr(part, item.name)
+                if isinstance(value, (int, float)) and value < 0:
+                    raise ConfigError(f"{item.name} is {value}; it must not be negative")
+        if not (is_loopback(self.host) or self.auth.keys or self.auth.insecure):
+            raise ConfigError(
+                f"host {self.host} is reachable from other machines: give an API key "
+                f"([auth] keys or {API_KEY_VARIABLE}), or say insecure"
+            )
+
+    @classmethod
+    def load(cls, path: Path | None = None, **overrides: object) -> "ServerConfig":
+        """The configuration in the TOML file at `path`, with `overrides` in place of its values.
+
+        An override of None is none; a mapping replaces only the keys it names. The API key in the
+        environment is added to the file's. Raises ConfigError naming the key and the choices.
+        """
+        data = _read(path) if path is not None else {}
+        given = {key: value for key, value in overrides.items() if value is not None}
+        for key, value in given.items():
+            below = data.get(key)
+            nested = isinstance(value, Mapping) and isinstance(below, Mapping)
+            data[key] = {**below, **value} if nested else value  # type: ignore[dict-item]
+        if key_in_environment := os.environ.get(API_KEY_VARIABLE):
+            auth = dict(data.get("auth") or {})
+            data["auth"] = {**auth, "keys": [*auth.get("keys", ()), key_in_environment]}
+        try:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, path)) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = [str(part) for part in first["loc"]]
+    name = ".".join(where) or "the configuration"
+    source = f"{path}: " if path else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{source}no setting named {name} (known: {', '.join(_known(where[:-1]))})"
+    return f"{source}{name}: {first['msg']}"
+
+
+def _known(section: list[str]) -> list[str]:
+    kind: Any = ServerConfig
+    for part in section:
+        kind = get_type_hints(kind).get(part)
+    return [item.name for item in fields(kind)] if is_dataclass(kind) else []

@@ -1,0 +1,138 @@
+"""Replies: a run as one JSON object, or as server-sent events. And the client that leaves
+meanwhile.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from dynmerge_server.errors import describe, note
+from dynmerge_server.openai.asked import Asked
+from dynmerge_server.openai.dialect import Answer, Dialect, envelope
+from dynmerge_server.openai.run import Run, Update
+from dynmerge_server.state import serving
+
+DONE = b"data: [DONE]\n\n"
+
+Result = TypeVar("Result")
+
+
+async def answer(request: Request, asked: Asked, dialect: Dialect) -> Response:
+    """Run what was asked. All that can go wrong before the first token raises."""
+    run = Run(serving(request), asked)
+    if not asked.stream:
+        return await while_connected(request, _whole(run, dialect))
+    await while_connected(request, run.__aenter__())
+    seconds = serving(request).config.limits.send_seconds
+    return EventStream(_events(run, dialect), run, seconds)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, cancelled with ClientDisconnect when the client leaves."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a run that has begun. However it ends, the run is closed with it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], run: Run, send_seconds: float) -> None:
+        headers = {**run.headers(), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers)
+        self._events = events
+        self._run = run
+        self._seconds = send_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, and give up on a reader that takes nothing for too long."""
+
+        async def patient(message: Message) -> None:
+            with anyio.fail_after(self._seconds):
+                await send(message)
+
+        try:
+            async with aclosing(self._events):
+                await super().__call__(scope, receive, patient)
+        finally:
+            # Shielded: a second cancellation must not leave a sequence running or a merge held.
+            with anyio.CancelScope(shield=True):
+                await self._run.close()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _whole(run: Run, dialect: Dialect) -> Response:
+    asked = run.asked
+    answers = [Answer(index, asked.echoed(index)) for index in range(asked.count)]
+    async with run:
+        async for update in run.updates():
+            answers[update.index].add(update)
+        content = {
+            **envelope(asked, dialect.whole_object),
+            "choices": [dialect.choice(asked, answer) for answer in answers],
+            "usage": run.usage(),
+            **dialect.extra(asked),
+            "dynmerge": run.applied.block(),
+        }
+        return JSONResponse(content, headers=run.headers())
+
+
+async def _events(run: Run, dialect: Dialect) -> AsyncGenerator[bytes, None]:
+    """Chunks, then [DONE]. The `dynmerge` block is in the usage chunk, or else in the last one."""
+    asked = run.asked
+    try:
+        async for choices, last in _choices(run, dialect):
+            chunk = {**envelope(asked, dialect.chunk_object), "choices": choices}
+            if asked.continuous_usage:
+                chunk["usage"] = run.usage()
+            if last and not asked.include_usage:
+                chunk["dynmerge"] = run.applied.block()
+            yield _event(chunk)
+        if asked.include_usage:
+            chunk = {**envelope(asked, dialect.chunk_object), "choices": [], "usage": run.usage()}
+            yield _event({**chunk, "dynmerge": run.applied.block()})
+    except Exception as error:  # the outermost handler of a stream: its status has been sent
+        note(error)
+        yield _event(describe(error))
+    yield DONE
+
+
+async def _choices(run: Run, dialect: Dialect) -> AsyncIterator[tuple[list[dict[str, Any]], bool]]:
+    """The choices of each chunk, and whether it is the last."""
+    asked = run.asked
+    for index in range(asked.count):
+        opening = dialect.opening(asked, index)
+        if opening is not None:
+            yield [opening], False
+        if asked.echoed(index):
+            yield [dialect.delta(asked, Update(index, asked.echoed(index)))], False
+    async for update in run.updates():
+        last = update.finish_reason is not None
+        shown = update.text or update.entries or (asked.return_token_ids and update.token_ids)
+        if shown or last:
+            yield [dialect.delta(asked, update)], last and not run.open_sequences
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"

@@ -1,0 +1,190 @@
+"""From a request to a recipe: which merge it wants, and where it says so.
+
+One precedence, for the preference and for the method apart:
+
+    header  >  body  >  model name  >  the server's default
+
+A level that says nothing leaves the choice to the next. Every level that says something is read, so
+that a mistake in an overridden one is an error too. Within one level there is one way to say it: a
+header and a preset header together, or two of `preference`, `preset`, `lora` and `vllm_xargs`, are
+a 400 that names both. A header beginning with X-Dynmerge- that is none of ours is a 400: it would
+be a wish ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from dynmerge import preference as preferences
+from dynmerge.errors import ConfigError, PreferenceError, RequestError
+from dynmerge.merging import methods
+from dynmerge.merging.methods import parse_method
+from dynmerge.preference import MAX_ENTRIES, Preference
+from dynmerge.recipe import MethodChoice, Recipe
+from dynmerge.runtime import Runtime
+from dynmerge_server.config import ServerConfig
+from dynmerge_server.models import Models
+
+PREFIX = "x-dynmerge-"
+PREFERENCE_HEADER = preferences.HEADER
+PRESET_HEADER = "X-Dynmerge-Preset"
+METHOD_HEADER = methods.HEADER
+UNIT_HEADER = "X-Dynmerge-Unit"  # read by experiments
+REQUEST_HEADERS = (PREFERENCE_HEADER, PRESET_HEADER, METHOD_HEADER, UNIT_HEADER)
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the body of a request says about the merge it wants; None where it says nothing."""
+
+    preference: Mapping[str, float] | str | None = None
+    normalize: bool | None = None
+    preset: str | None = None
+    method: str | None = None
+    lora: list[dict[str, Any]] | None = None
+    xargs: Mapping[str, Any] | None = None
+
+
+class Preferences:
+    """Resolves requests against one runtime, one set of names and the server's defaults."""
+
+    def __init__(self, runtime: Runtime, models: Models, config: ServerConfig) -> None:
+        self._runtime = runtime
+        self._models = models
+        self._allow_negative = config.allow_negative
+        try:
+            self._default = self._parse(config.default_preference, "default_preference")
+            self._default_method = _method(config.default_method, "default_method")
+        except RequestError as error:
+            raise ConfigError(str(error)) from None
+
+    def resolve(self, headers: Headers, wish: Wish, model: str | None) -> tuple[Recipe, str]:
+        """The recipe, and which level chose the preference. Raises RequestError for any mistake."""
+        levels: dict[str, Preference | None] = {
+            "header": self._from_headers(headers),
+            "body": self._from_body(wish),
+            "model": self._models.preference(model),
+            DEFAULT: self._default or Preference.base_model(),
+        }
+        source, chosen = next(level for level in levels.items() if level[1] is not None)
+        # Every choice of method is read before one is taken.
+        choices = (
+            _method(_joined(headers, METHOD_HEADER), METHOD_HEADER),
+            _method(*_one_of({"method": wish.method, "vllm_xargs.method": _x(wish, "method")})),
+            self._default_method,
+        )
+        method = next((choice for choice in choices if choice is not None), None)
+        assert chosen is not None  # the default is one
+        return self._runtime.recipe(chosen, method, source), source
+
+    def _from_headers(self, headers: Headers) -> Preference | None:
+        for name in headers:
+            if name.startswith(PREFIX) and name not in _KNOWN:
+                known = ", ".join(REQUEST_HEADERS)
+                raise RequestError(f"there is no request header {name} (known: {known})", name)
+        given = {name: _joined(headers, name) for name in (PREFERENCE_HEADER, PRESET_HEADER)}
+        text, source = _one_of(given)
+        if source == PRESET_HEADER and text is not None:
+            return self._models.preset(text.strip(), source)
+        return self._parse(text, source)
+
+    def _from_body(self, wish: Wish) -> Preference | None:
+        given, source = _one_of(
+            {
+                "preference": wish.preference,
+                "preset": wish.preset,
+                "lora": wish.lora,
+                "vllm_xargs.preference": _x(wish, "preference"),
+                "vllm_xargs.preset": _x(wish, "preset"),
+            }
+        )
+        if wish.normalize is not None and source != "preference":
+            raise PreferenceError(
+                "normalize says how to read preference, which is absent", "normalize"
+            )
+        if given is None:
+            return None
+        if source.endswith("preset"):
+            return self._models.preset(given, source)
+        if source == "lora":
+            return self._of(_scales(given), False, source)
+        if isinstance(given, str):
+            return self._from_string(given, wish.normalize, source)
+        return self._of(given, wish.normalize is not False, source)
+
+    def _from_string(self, text: str, normalize: bool | None, source: str) -> Preference | None:
+        raw = normalize is False and bool(text.strip())
+        preference = self._parse(f"{text};raw" if raw else text, source)
+        if normalize and preference is not None and preference.is_raw:
+            message = "preference says ;raw and normalize says otherwise"
+            raise PreferenceError(message, "normalize")
+        return preference
+
+    def _of(self, weights: Mapping[str, float], normalize: bool, source: str) -> Preference:
+        if len(weights) > MAX_ENTRIES:  # before each is looked at
+            raise PreferenceError(
+                f"{source} names {len(weights)} skills, at most {MAX_ENTRIES} are taken", source
+            )
+        preference = Preference.of(
+            weights, normalize=normalize, allow_negative=self._allow_negative, source=source
+        )
+        preference.require(self._runtime.skills, source)
+        return preference
+
+    def _parse(self, text: str | None, source: str) -> Preference | None:
+        if text is None:
+            return None
+        preference = Preference.parse(text, allow_negative=self._allow_negative, source=source)
+        preference.require(self._runtime.skills, source)
+        return preference
+
+
+_KNOWN = {name.lower() for name in REQUEST_HEADERS}
+
+
+def _joined(headers: Headers, name: str) -> str | None:
+    """Repeated lines are one list, as RFC 9110 has it; `headers.get` would return the first."""
+    lines = headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
+def _one_of(given: Mapping[str, Any]) -> tuple[Any, str]:
+    """The value given and its name; (None, "") if there is none, PreferenceError if two."""
+    present = [(value, name) for name, value in given.items() if value is not None]
+    if len(present) > 1:
+        names = [name for _, name in present]
+        raise PreferenceError(
+            f"{names[0]} and {names[1]} both say which merge to use; give one of them", names[1]
+        )
+    return present[0] if present else (None, "")
+
+
+def _method(text: str | None, source: str) -> MethodChoice | None:
+    return None if text is None else parse_method(text, source)
+
+
+def _x(wish: Wish, name: str) -> str | None:
+    value = (wish.xargs or {}).get(name)
+    if value is not None and not isinstance(value, str):
+        param = f"vllm_xargs.{name}"
+        raise PreferenceError(f"{param} is a string such as math=0.7, code=0.3", param)
+    return value
+
+
+def _scales(lora: list[dict[str, Any]]) -> dict[str, float]:
+    """llama.cpp's list of adapters and scales, as multipliers by name."""
+    scales: dict[str, float] = {}
+    for index, item in enumerate(lora):
+        where = f"lora[{index}]"
+        if set(item) != {"id", "scale"} or not isinstance(item["id"], str):
+            raise PreferenceError(
+                f'{where} is not of the form {{"id": NAME, "scale": 0.7}}', "lora"
+            )
+        if item["id"] in scales:
+            raise PreferenceError(f"{where}: {item['id']!r} stands there twice", "lora")
+        scales[item["id"]] = item["scale"]
+    return scales
