@@ -12,7 +12,7 @@ Value = float | str
 
 @dataclass(frozen=True, slots=True)
 class MethodChoice:
-    """A merge method with all of its parameters, defaults filled in and validated, sorted by name."""
+    """A merge method and all its parameters: defaults filled in, validated, sorted by name."""
 
     name: str
     version: int

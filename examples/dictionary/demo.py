@@ -54,11 +54,8 @@ def answer(client: OpenAI, preference: str) -> None:
     for chunk in reply.parse():
         for choice in chunk.choices:
             OUT.print(choice.delta.content or "", end="", markup=False)
-    headers = reply.headers
-    OUT.print(
-        f"\n[dim]applied {headers['x-dynmerge-applied']}, merge {headers['x-dynmerge-merge-id']}[/]",
-        soft_wrap=True,
-    )
+    applied, merge = (reply.headers[f"x-dynmerge-{name}"] for name in ("applied", "merge-id"))
+    OUT.print(f"\n[dim]applied {applied}, merge {merge}[/]", soft_wrap=True)
 
 
 def main() -> None:
