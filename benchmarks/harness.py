@@ -25,22 +25,29 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def alternate(
-    variants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    after: Mapping[str, Callable[[], object]] | None = None,
+    warmup: int = 1,
 ) -> dict[str, float]:
-    """Median wall seconds of each variant, run in turn `rounds` times after one warm-up each.
+    """Median wall seconds of each variant, run in turn `rounds` times after `warmup` more.
 
-    The machine's noise falls on all variants alike, so that their ratios hold.
+    The machine's noise falls on all variants alike, so that their ratios hold. `after[name]` cleans
+    up behind a run, untimed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
+    for turn in range(-warmup, rounds):
         for name, run in variants.items():
             gc.collect()
             settle(device)
             started = time.perf_counter()
             run()
             settle(device)
-            if turn:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
+            if after and name in after:
+                after[name]()
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

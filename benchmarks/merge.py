@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,6 +31,7 @@ from dynmerge.recipe import Recipe
 
 RANK = 16
 TASKS = 8
+TASK_NAMES = [f"task{index}" for index in range(TASKS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +81,36 @@ def random_adapters(size: Size, seed: int) -> dict[str, Adapter]:
 class Shapes(nn.Module):
     """Linear layers of the given shapes whose weights take no memory."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, int]], device: str) -> None:
         super().__init__()
+        zero = torch.zeros(1, 1, device=device)
         for name, (d_out, d_in) in shapes.items():
             linear = nn.Linear(d_in, d_out, bias=False, device="meta")
-            linear.weight = nn.Parameter(torch.zeros(1, 1).expand(d_out, d_in), requires_grad=False)
+            linear.weight = nn.Parameter(zero.expand(d_out, d_in), requires_grad=False)
             self.add_module(name, linear)
 
 
-def peft_model(shapes: dict[str, tuple[int, int]], adapters: dict[str, Adapter]) -> PeftModel:
+def peft_model(
+    shapes: dict[str, tuple[int, int]], adapters: dict[str, Adapter], device: str
+) -> PeftModel:
     """The same factors as PEFT holds them, scaling 1."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(shapes))
     model: PeftModel | None = None
     for task, adapter in adapters.items():
         if model is None:
-            model = get_peft_model(Shapes(shapes), config, adapter_name=task)
+            model = get_peft_model(Shapes(shapes, device), config, adapter_name=task)
         else:
             model.add_adapter(task, config)
         for name in shapes:
             layer = model.base_model.model.get_submodule(name)
-            layer.lora_A[task].weight.data = adapter.modules[name].A
-            layer.lora_B[task].weight.data = adapter.modules[name].B
+            layer.lora_A[task].weight.data = adapter.modules[name].A.to(device)
+            layer.lora_B[task].weight.data = adapter.modules[name].B.to(device)
     assert model is not None
     return model
 
 
 def peft_merge(model: PeftModel, combination: str) -> Callable[[], None]:
-    """One merge of all tasks at equal weights, put away again."""
+    """One merge of all tasks at equal weights, as the adapter `merged`."""
 
     def run() -> None:
         extra = {"svd_full_matrices": False} if combination == "svd" else {}
@@ -117,7 +122,6 @@ def peft_merge(model: PeftModel, combination: str) -> Callable[[], None]:
             svd_rank=RANK,
             **extra,
         )
-        model.delete_adapter("merged")
 
     return run
 
@@ -139,7 +143,7 @@ def preferences() -> Iterator[Preference]:
         yield Preference.of(weights)
 
 
-def svd_seconds(size: Size, adapters: dict[str, Adapter], quick: bool) -> float:
+def svd_seconds(size: Size, adapters: dict[str, Adapter], device: str, quick: bool) -> float:
     """Seconds of PEFT's `svd` (the cheaper, thin one) for the whole model; see the module's
     docstring.
     """
@@ -148,8 +152,11 @@ def svd_seconds(size: Size, adapters: dict[str, Adapter], quick: bool) -> float:
     if size.name != SIZES[0].name:
         shapes = {name: shape for name, shape in shapes.items() if name.endswith("_k")}
         count = len(size.shapes())
-    model = peft_model(shapes, adapters)
-    return count * alternate({"svd": peft_merge(model, "svd")}, 1 if quick else 3)["svd"]
+    model = peft_model(shapes, adapters, device)
+    put_away = partial(model.delete_adapter, "merged")
+    timed_svd = {"svd": peft_merge(model, "svd")}
+    rounds, warmup = (1, 0) if quick else (3, 1)
+    return count * alternate(timed_svd, rounds, device, {"svd": put_away}, warmup)["svd"]
 
 
 def hit_seconds(bank: FactorBank, rounds: int) -> float:
@@ -170,8 +177,8 @@ def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]
     figures: dict[str, float] = {}
     adapters = random_adapters(size, seed)
     with timed(figures, "build"):
-        bank = build_bank(BaseIdentity(size.name, ""), adapters)
-    bank = bank.to(device)
+        bank = build_bank(BaseIdentity(size.name, ""), adapters).to(device)
+        assert bank.groups  # stacked on first use: part of the preparation
     figures["merge_bytes"] = 4 * bank.layout.size
     figures["adapter_bytes"] = 4 * TASKS * RANK * sum(sum(s) for s in size.shapes().values())
     fresh = preferences()
@@ -180,10 +187,12 @@ def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]
     def cold() -> None:
         merge(bank, Recipe(next(fresh), method, bank.digest))
 
-    model = peft_model(size.shapes(), adapters)
+    model = peft_model(size.shapes(), adapters, device)
     variants = {"linear": cold, **{f"peft_{c}": peft_merge(model, c) for c in ("cat", "linear")}}
-    figures |= alternate(variants, 2 if quick else 5, device)
-    figures["peft_svd"] = svd_seconds(size, adapters, quick)
+    put_away = partial(model.delete_adapter, "merged")
+    after = dict.fromkeys(("peft_cat", "peft_linear"), put_away)
+    figures |= alternate(variants, 1 if quick else 5, device, after)
+    figures["peft_svd"] = svd_seconds(size, adapters, device, quick)
     figures["hit"] = hit_seconds(bank, 5)
     return figures
 

@@ -1,18 +1,17 @@
-"""Every error dynmerge raises on purpose. Knows nothing of HTTP: the server maps this tree to
-statuses.
+"""Every error dynmerge raises on purpose. Knows nothing of HTTP: the server has the statuses.
 
 DynmergeError
-├── RequestError            what the caller sent cannot be served; `param` names the field or header
-│   ├── PreferenceError     a preference that is malformed, out of range or names an unknown skill
-│   ├── MethodError         an unknown merge method, or parameters it does not take
-│   ├── UnknownModel        a model name that is neither the base model, a skill, nor
-BASE@preference │   └── PromptTooLong       prompt (and tokens asked for) do not fit the context ├──
-AdapterError            an adapter the gate refuses, with the reason ├── BaseModelError          a
-base model folder that is missing, unreadable or of an unsupported kind ├── BankError
-a bank that is missing, truncated, edited or made for another base model ├── ConfigError
-a server configuration with an unknown key or a value out of range ├── Overloaded              no
-room now: the queue or the merge cache is full; worth trying again └── EngineDead              the
-engine stopped and could not be restarted
+├── RequestError        what the caller sent cannot be served; `param` names the field
+│   ├── PreferenceError a preference malformed, out of range, or of an unknown skill
+│   ├── MethodError     an unknown merge method, or parameters it does not take
+│   ├── UnknownModel    neither the base model, a skill, a preset, nor BASE@preference
+│   └── PromptTooLong   prompt, or prompt and tokens asked for, do not fit the context
+├── AdapterError        an adapter the gate refuses, with the reason
+├── BaseModelError      a base model missing, unreadable or of an unsupported kind
+├── BankError           a bank missing, truncated, edited or for another base model
+├── ConfigError         an unknown key in a configuration, or a value out of range
+├── Overloaded          the queue or the merge cache is full; worth trying again
+└── EngineDead          the engine stopped and could not be restarted
 """
 
 

@@ -113,7 +113,7 @@ class Preference:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Name -> weight, `base` among them; fed back, this gives the same preference."""
+        """Name -> weight, `base` among them; `of` reads them back, without `normalize` if raw."""
         return {name: value / GRID for name, value in self.thousandths}
 
     def vector(self, skills: Iterable[str]) -> list[float]:
@@ -186,7 +186,10 @@ def _weight(name: str, value: object, text: str, source: str) -> float:
 
 def _column(text: str, key: str) -> int:
     """Where the last member named `key` starts, counted from 1."""
-    starts = [match.start(1) for match in re.finditer(rf"(?:^|,)\s*({re.escape(key)})", text)]
+    starts = [
+        match.start(1)
+        for match in re.finditer(rf"(?:^|,)\s*({re.escape(key)})(?![a-z0-9_.*-])", text)
+    ]
     return starts[-1] + 1 if starts else 1
 
 

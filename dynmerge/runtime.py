@@ -13,6 +13,7 @@ from typing import Literal
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Chunk, Engine, Generation
+from dynmerge.errors import ConfigError, EngineDead
 from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.merge import Merge, merge
 from dynmerge.merging.methods import default_method
@@ -60,6 +61,12 @@ class Runtime:
     def __init__(
         self, bank: FactorBank, engine: Engine, *, cache_bytes: int = DEFAULT_CACHE_BYTES
     ) -> None:
+        """Serve `bank` with `engine`. Raises ConfigError when the cache cannot hold one merge."""
+        merge_bytes = bank.layout.size * engine.dtype.itemsize
+        if cache_bytes < merge_bytes:
+            raise ConfigError(
+                f"a merge cache of {cache_bytes} bytes holds no merge: one takes {merge_bytes}"
+            )
         # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
         self.bank = bank.to(engine.device, bases=False)
         self.engine = engine
@@ -87,15 +94,16 @@ class Runtime:
     async def lease(self, recipe: Recipe) -> Lease:
         """Hold the merge of `recipe`, making it if nobody has; the caller releases it.
 
-        Raises Overloaded when merges in use leave no room, and whatever the method raised.
+        Raises Overloaded when merges in use or on their way leave no room, EngineDead after
+        `close`, and whatever the method raised.
         """
         if recipe.is_base:
             return Lease(recipe, None, "base", 0.0)
         started = time.perf_counter()
         claim = self.cache.claim(recipe)
-        if claim.outcome == "stored":
-            self._merging.submit(self.cache.fill, claim)
         try:
+            if claim.outcome == "stored":
+                self._start(claim)
             if claim.outcome == "hit":
                 made = claim.future.result()
             else:
@@ -105,6 +113,14 @@ class Runtime:
             self.cache.release(claim)
             raise
         return Lease(recipe, made, claim.outcome, time.perf_counter() - started, claim, self.cache)
+
+    def _start(self, claim: Claim) -> None:
+        try:
+            self._merging.submit(self.cache.fill, claim)
+        except RuntimeError:  # closed: others who wait for this merge must hear of it
+            error = EngineDead("the runtime is closed")
+            self.cache.fail(claim, error)
+            raise error from None
 
     def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
         """Stream one sequence from the engine; closing the iterator cancels it."""

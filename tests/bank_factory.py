@@ -47,3 +47,13 @@ def random_adapters() -> dict[str, Adapter]:
 def random_bank(adapters: Mapping[str, Adapter] | None = None) -> FactorBank:
     """The bank of `adapters`, by default of `random_adapters()`."""
     return build_bank(BASE, adapters or random_adapters())
+
+
+def flat_cores(bank: FactorBank) -> torch.Tensor:
+    """(tasks, layout.size): every task's own core, module after module."""
+    return torch.stack(
+        [
+            torch.cat([module.core(task).flatten() for module in bank.modules])
+            for task in range(len(bank.tasks))
+        ]
+    )

@@ -43,6 +43,7 @@ def test_a_header_has_one_canonical_text(text: str, canonical: str) -> None:
         ("Math=1", "column 1"),
         ("code=1, math=nan", "column 9: the weight of 'math'"),
         ('math="0.7"', "'math'"),
+        ('math="0.7", maths=1', "column 1: the weight of 'math'"),
         ("math=(1 2)", "'math'"),
         ("math=?0", "'math'"),
         ("(1 2)", "column 1"),

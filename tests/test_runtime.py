@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynmerge.engines.engine import Chunk, Generation, Load, Sampling, Token
-from dynmerge.errors import Overloaded, PreferenceError
+from dynmerge.errors import ConfigError, EngineDead, Overloaded, PreferenceError
 from dynmerge.merging.merge import Merge
 from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
@@ -116,3 +116,17 @@ def test_a_recipe_names_the_bank_and_knows_its_skills(runtime: Runtime) -> None:
 def test_closing_closes_the_engine(runtime: Runtime) -> None:
     runtime.close()
     assert runtime.engine.closed
+
+
+async def test_a_lease_after_closing_says_so_to_everyone(runtime: Runtime) -> None:
+    runtime.close()
+    recipe = wanted(runtime, "ada, bob")
+    for _ in range(2):
+        with pytest.raises(EngineDead, match="closed"):
+            await runtime.lease(recipe)
+    assert runtime.cache.stats().entries == 0
+
+
+def test_a_cache_that_holds_no_merge_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a merge cache of 1 bytes holds no merge"):
+        Runtime(random_bank(), NormEngine(), cache_bytes=1)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -26,12 +25,3 @@ class LowRank:
     def delta(self) -> Tensor:
         """The dense update (d_out, d_in). For tests and small layers."""
         return self.B @ self.A
-
-    def compress(self, rank: int) -> "LowRank":
-        """The nearest update of at most `rank`, found without forming the dense one."""
-        Q_B, R_B = torch.linalg.qr(self.B)
-        Q_A, R_A = torch.linalg.qr(self.A.mT)
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.mT)
-        root = S[:rank].sqrt()
-        keep = root.shape[0]
-        return LowRank(A=root[:, None] * (Vh[:keep] @ Q_A.mT), B=(Q_B @ U[:, :keep]) * root)

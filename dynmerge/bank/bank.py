@@ -92,6 +92,16 @@ class CoreLayout:
         return [flat[..., span].view(*flat.shape[:-1], *shape) for span, shape in self.spans()]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorGroup:
+    """Modules alike in p, q and every task's rank, stacked, so that one product serves them all."""
+
+    members: tuple[int, ...]  # their places in the bank
+    left: Tensor  # (members, p, K)
+    right: Tensor  # (members, K, q)
+    tasks: Tensor  # (K,): the task that each of the K stacked directions belongs to
+
+
 @dataclass(frozen=True, eq=False)
 class FactorBank:
     """Every task's factors in shared bases, float32, on one device; immutable, named by its digest.
@@ -137,15 +147,30 @@ class FactorBank:
         return CoreLayout(tuple(module.core_shape for module in self.modules))
 
     @cached_property
-    def cores(self) -> Tensor:
-        """(tasks, layout.size): every task's core of every module, flat, so that a linear merge is
-        one product.
-        """
-        rows = [
-            torch.cat([module.core(index).flatten() for module in self.modules])
-            for index in range(len(self.tasks))
-        ]
-        return torch.stack(rows)
+    def groups(self) -> tuple["FactorGroup", ...]:
+        """The modules' factors stacked by shape: what methods compute with."""
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for index, module in enumerate(self.modules):
+            alike.setdefault((module.core_shape, module.ranks), []).append(index)
+        return tuple(self._group(members) for members in alike.values())
+
+    def _group(self, members: Sequence[int]) -> "FactorGroup":
+        modules = [self.modules[index] for index in members]
+        ranks = torch.tensor(modules[0].ranks, device=self.device)
+        return FactorGroup(
+            members=tuple(members),
+            left=torch.stack([module.left for module in modules]),
+            right=torch.stack([module.right for module in modules]),
+            tasks=torch.arange(len(self.tasks), device=self.device).repeat_interleave(ranks),
+        )
+
+    def flatten(self, cores: Sequence[Tensor]) -> Tensor:
+        """Flat cores (..., layout.size) from those of each group (..., members, p, q)."""
+        flat: list[Tensor] = [torch.empty(0)] * len(self.modules)
+        for group, stacked in zip(self.groups, cores, strict=True):
+            for index, core in zip(group.members, stacked.flatten(-2).unbind(-2), strict=True):
+                flat[index] = core
+        return torch.cat(flat, dim=-1)
 
     def to(self, device: torch.device | str, *, bases: bool = True) -> "FactorBank":
         """The same bank on `device`; without `bases`, U and V stay where they are."""

@@ -17,6 +17,7 @@ from dynmerge.merging.merge import Merge
 from dynmerge.recipe import Recipe
 
 Outcome = Literal["hit", "stored", "collapsed"]
+MAX_PENDING = 256
 
 
 @dataclass(slots=True)
@@ -59,18 +60,27 @@ class Claim:
 class MergeCache:
     """Recipe -> Merge, least recently used first out, at most `capacity` bytes. Thread-safe."""
 
-    def __init__(self, make: Callable[[Recipe], Merge], capacity: int) -> None:
+    def __init__(
+        self, make: Callable[[Recipe], Merge], capacity: int, pending: int = MAX_PENDING
+    ) -> None:
         self._make = make
+        self._max_pending = pending
         self._lock = threading.Lock()
         self._entries: OrderedDict[Recipe, _Entry] = OrderedDict()
         self._stats = CacheStats(capacity=capacity)
 
     def claim(self, recipe: Recipe) -> Claim:
-        """Hold the merge of `recipe`. Never blocks; pair with `release`, and `fill` if `stored`."""
+        """Hold the merge of `recipe`. Never blocks; pair with `release`, and `fill` if `stored`.
+
+        Raises Overloaded when too many merges wait to be made already.
+        """
         with self._lock:
             entry = self._entries.get(recipe)
             outcome: Outcome
             if entry is None:
+                waiting = sum(not other.future.done() for other in self._entries.values())
+                if waiting >= self._max_pending:
+                    raise Overloaded(f"{waiting} merges wait to be made already")
                 entry = self._entries[recipe] = _Entry()
                 outcome = "stored"
                 self._stats.misses += 1
@@ -87,8 +97,11 @@ class MergeCache:
     def fill(self, claim: Claim) -> None:
         """Make the merge of a `stored` claim. An error goes to every claimant and is not kept.
 
-        An error is Overloaded when the merges in use leave no room for this one.
+        An error is Overloaded when the merges in use leave no room for this one. Where every
+        claimant has left by now, nothing is made.
         """
+        if self._dropped_if_abandoned(claim):
+            return
         started = time.perf_counter()
         try:
             merge = self._make(claim.recipe)
@@ -97,12 +110,16 @@ class MergeCache:
                 self._stats.seconds += time.perf_counter() - started
         except BaseException as error:
             # Whatever went wrong, the claimants wait on this future: they must hear of it.
-            with self._lock:
-                self._drop(claim)
-                self._stats.failures += 1
-            claim.future.set_exception(error)
+            self.fail(claim, error)
         else:
             claim.future.set_result(merge)
+
+    def fail(self, claim: Claim, error: BaseException) -> None:
+        """Give `error` to all who wait for a `stored` claim's merge, and forget the merge."""
+        with self._lock:
+            self._drop(claim)
+            self._stats.failures += 1
+        claim.future.set_exception(error)
 
     def release(self, claim: Claim) -> None:
         """Give up a claim, once; the merge may be evicted when nobody holds it."""
@@ -160,6 +177,13 @@ class MergeCache:
             self._stats.nbytes -= self._entries.pop(recipe).nbytes
         entry.nbytes = nbytes
         self._stats.nbytes += nbytes
+
+    def _dropped_if_abandoned(self, claim: Claim) -> bool:
+        with self._lock:
+            abandoned = self._entries[claim.recipe].claims == 0
+            if abandoned:
+                self._drop(claim)
+        return abandoned
 
     def _drop(self, claim: Claim) -> None:
         entry = self._entries.get(claim.recipe)

@@ -35,13 +35,21 @@ def materialize(bank: FactorBank, core: Tensor, rank: int | None = None) -> Mate
     kept = total = 0.0
     for module, C in zip(bank.modules, bank.layout.split(core.double()), strict=True):
         P, S, Qh = torch.linalg.svd(C, full_matrices=False)
-        width = S.shape[0] if rank is None else min(rank, S.shape[0])
+        width = _width(S) if rank is None else min(rank, _width(S))
         root = S[:width].sqrt()
+        kept += float(S[:width].square().sum())
+        total += float(S.square().sum())
+        if not width:
+            continue  # a module that no skill in the merge touches
         updates[module.name] = LowRank(
             A=(root[:, None] * (Qh[:width] @ module.V.double().mT)).float(),
             B=((module.U.double() @ P[:, :width]) * root).float(),
         )
-        kept += float(S[:width].square().sum())
-        total += float(S.square().sum())
     adapter = Adapter(updates, bank.base.name)
-    return Materialized(adapter, max(adapter.ranks), kept / total if total else 1.0)
+    return Materialized(adapter, max(adapter.ranks, default=0), kept / total if total else 1.0)
+
+
+def _width(S: Tensor) -> int:
+    """How many of a core's singular values (descending) are more than float32 rounding."""
+    noise = S[0] * S.shape[0] * torch.finfo(torch.float32).eps
+    return int((noise < S).sum())

@@ -16,7 +16,7 @@ import http_sf
 import torch
 from torch import Tensor
 
-from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.bank import FactorBank, FactorGroup
 from dynmerge.errors import MethodError
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Value
@@ -46,10 +46,10 @@ class Number:
             raise MethodError(f"{source}: {method};{self.name} is a number, not {value!r}", source)
         if not self.low <= value <= self.high:
             raise MethodError(
-                f"{source}: {method};{self.name} is {value:g}; it must lie within {self.allowed}",
-                source,
+                f"{source}: {method};{self.name} must lie within {self.allowed}", source
             )
-        return float(value)
+        # Three decimals are what a header can say, and so what a reply can echo.
+        return round(float(value), 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,17 @@ class Method:
 def linear(bank: FactorBank, weights: Tensor, parameters: Mapping[str, Value]) -> Tensor:
     """Task Arithmetic: the exact weighted sum of deltas (PEFT's `cat`, not PEFT's `linear`).
 
-    `weights` (..., tasks) float32 on the bank's device; returns flat cores (..., size). One product
-    for all modules and all preferences. Ilharco et al. 2023, arXiv:2212.04089.
+    `weights` (..., tasks) float32 on the bank's device; returns flat cores (..., size). One batched
+    product per module shape, for all preferences: C = left diag(w) right.
+    Ilharco et al. 2023, arXiv:2212.04089.
     """
-    return float(parameters["scale"]) * weights @ bank.cores
+    scaled = float(parameters["scale"]) * weights
+
+    def core(group: FactorGroup) -> Tensor:  # (..., members, p, q)
+        directions = scaled[..., group.tasks]  # (..., K)
+        return (group.left * directions[..., None, None, :]) @ group.right
+
+    return bank.flatten([core(group) for group in bank.groups])
 
 
 METHODS: Mapping[str, Method] = {

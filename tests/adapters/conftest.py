@@ -15,16 +15,6 @@ from dynmerge.adapters.checkpoint import CONFIG, WEIGHTS
 Edit = Callable[[dict[str, Tensor]], object]
 Edited = Callable[..., Path]
 
-# PEFT 0.21 asks Transformers 5.23 for a name that it has deprecated.
-PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings(PEFT_WARNING))
-
 
 @pytest.fixture(scope="session")
 def base(base_folder: Path) -> BaseModel:

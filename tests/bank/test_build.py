@@ -9,7 +9,15 @@ from dynmerge.bank.bank import CoreLayout, FactorBank, module_order
 from dynmerge.bank.build import build_bank
 from dynmerge.errors import BankError, PreferenceError
 from tests import reference
-from tests.bank_factory import BASE, RANKS, SHAPES, random_adapter, random_adapters, random_bank
+from tests.bank_factory import (
+    BASE,
+    RANKS,
+    SHAPES,
+    flat_cores,
+    random_adapter,
+    random_adapters,
+    random_bank,
+)
 
 MANY = {
     f"skill-{seed:02d}": random_adapter({"layers.0.q": 1 + seed % 4, "layers.1.up": 2}, seed)
@@ -57,10 +65,22 @@ def test_the_bases_are_no_wider_than_the_layer() -> None:
 
 def test_a_flat_core_is_the_cores_of_the_modules_one_after_another() -> None:
     bank = random_bank()
-    for row, index in zip(bank.cores, range(len(bank.tasks)), strict=True):
+    for row, index in zip(flat_cores(bank), range(len(bank.tasks)), strict=True):
         for module, core in zip(bank.modules, bank.layout.split(row), strict=True):
             assert_close(core, module.core(index))
     assert CoreLayout(((2, 3), (1, 4))).size == 10
+
+
+def test_groups_hold_every_module_once_and_flatten_puts_them_back_in_order() -> None:
+    bank = random_bank()
+    assert sorted(i for group in bank.groups for i in group.members) == list(range(4))
+    assert max(len(group.members) for group in bank.groups) == 1  # all differ in some rank
+    alike = {name: random_adapter({"layers.0.q": 2, "layers.1.q": 2}, seed=7) for name in "ab"}
+    twins = random_bank(alike)
+    assert [group.members for group in twins.groups] == [(0, 1)]
+    for each in (bank, twins):
+        cores = [group.left @ group.right for group in each.groups]
+        assert_close(each.flatten(cores), flat_cores(each).sum(0))
 
 
 def test_the_order_in_which_adapters_are_given_does_not_matter() -> None:
@@ -68,7 +88,7 @@ def test_the_order_in_which_adapters_are_given_does_not_matter() -> None:
     forwards, backwards = random_bank(adapters), random_bank(dict(reversed(adapters.items())))
     assert forwards.digest == backwards.digest
     assert forwards.names == backwards.names
-    assert torch.equal(forwards.cores, backwards.cores)
+    assert torch.equal(flat_cores(forwards), flat_cores(backwards))
 
 
 def test_the_digest_names_base_tasks_and_content() -> None:

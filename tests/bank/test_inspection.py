@@ -16,7 +16,7 @@ from dynmerge.bank.inspection import (
     readable,
 )
 from tests import reference
-from tests.bank_factory import SHAPES, random_adapter, random_adapters, random_bank
+from tests.bank_factory import SHAPES, flat_cores, random_adapter, random_adapters, random_bank
 
 ADAPTERS = random_adapters()
 BANK = random_bank(ADAPTERS)
@@ -137,8 +137,8 @@ def test_effective_rank_counts_equal_directions_and_ignores_absent_ones() -> Non
 def test_bytes_are_those_of_the_tensors() -> None:
     tensors = [t for m in BANK.modules for t in (m.U, m.V, m.left, m.right)]
     assert REPORT.bytes.factors == sum(tensor.nbytes for tensor in tensors)
-    assert REPORT.bytes.merge_fp32 == BANK.cores[0].nbytes
-    assert REPORT.bytes.merge_bf16 == BANK.cores[0].bfloat16().nbytes
+    assert REPORT.bytes.merge_fp32 == flat_cores(BANK)[0].nbytes
+    assert REPORT.bytes.merge_bf16 == flat_cores(BANK)[0].bfloat16().nbytes
     assert readable(7 << 20) == "7 MiB"
     assert [readable(n) for n in (0, 999, 1000, 3 << 40)] == [
         "0 B",

@@ -134,3 +134,26 @@ def test_many_threads_agree() -> None:
     assert stats.hits + stats.misses + stats.collapsed == 2000
     assert stats.misses == len(maker.made)
     assert (stats.pinned, stats.nbytes) == (0, 5 * SIZE)
+
+
+def test_a_merge_that_everybody_has_left_is_not_made() -> None:
+    maker = Maker()
+    cache = MergeCache(maker, 10 * SIZE)
+    claims = [cache.claim(recipe(weight)) for weight in range(1, 100)]
+    for claim in claims[:98]:
+        cache.release(claim)
+    for claim in claims:
+        cache.fill(claim)
+    assert maker.made == [recipe(99)]
+    assert cache.recipes() == [recipe(99)]
+
+
+def test_merges_on_their_way_are_bounded() -> None:
+    cache = MergeCache(Maker(), 10 * SIZE, pending=2)
+    first = cache.claim(recipe(1))
+    cache.claim(recipe(2))
+    with pytest.raises(Overloaded, match="2 merges wait"):
+        cache.claim(recipe(3))
+    assert cache.claim(recipe(2)).outcome == "collapsed"
+    cache.fill(first)
+    assert cache.claim(recipe(3)).outcome == "stored"

@@ -35,4 +35,13 @@ def test_a_lower_rank_is_the_nearest_and_says_the_energy_it_keeps(rank: int) -> 
 
 
 def test_nothing_at_all_keeps_all_its_energy() -> None:
-    assert materialize(BANK, torch.zeros_like(CORE), 2).energy == 1.0
+    nothing = materialize(BANK, torch.zeros_like(CORE), 2)
+    assert (nothing.rank, nothing.energy, dict(nothing.adapter.modules)) == (0, 1.0, {})
+
+
+@pytest.mark.parametrize("skill", ADAPTERS)
+def test_one_skill_alone_is_no_wider_than_it_was_and_stays_in_its_modules(skill: str) -> None:
+    core = assemble(BANK, [Preference.of({skill: 1})], default_method())[0]
+    whole = materialize(BANK, core).adapter
+    ranks = {name: update.rank for name, update in whole.modules.items()}
+    assert ranks == {name: update.rank for name, update in ADAPTERS[skill].modules.items()}

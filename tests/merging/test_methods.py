@@ -127,7 +127,7 @@ def test_a_recipe_for_another_bank_is_refused() -> None:
     [
         ("tiess", "no method 'tiess' (known: linear"),
         ("linear;density=0.2", "linear has no parameter 'density' (it takes: scale)"),
-        ("linear;scale=9", "must lie within 0 .. 4"),
+        ("linear;scale=9", "linear;scale must lie within 0 .. 4"),
         ("linear;scale=-1", "must lie within 0 .. 4"),
         ("linear;scale", "is a number, not True"),
         ('linear;scale="1"', "is a number"),
@@ -154,3 +154,14 @@ def test_a_choice_parameter_takes_its_words_only() -> None:
     assert space.check("full", "ties", "here") == "full"
     with pytest.raises(MethodError, match=r"here: ties;space is one of core\|full, not 'knots'"):
         space.check("knots", "ties", "here")
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), -1])
+def test_a_number_out_of_range_is_refused_whatever_its_size(value: float) -> None:
+    with pytest.raises(MethodError, match=r"here: linear;scale must lie within 0 \.\. 4"):
+        METHODS["linear"].choose("linear", {"scale": value}, "here")
+
+
+def test_a_number_is_what_a_header_can_say() -> None:
+    choice = METHODS["linear"].choose("linear", {"scale": 0.123456}, "here")
+    assert parse_method(str(choice)) == choice

@@ -28,7 +28,7 @@ def check_fits(generation: Generation, context_length: int) -> None:
 
 
 def check_tokens(generation: Generation, vocabulary: int) -> None:
-    """Raise RequestError for an empty prompt or a token id the model does not have."""
+    """Raise RequestError for a token id the model does not have, or none where one is needed."""
     if not generation.prompt:
         raise RequestError("the prompt is empty: it must hold at least one token", "prompt")
     if generation.sampling.max_tokens < 1:
@@ -47,5 +47,7 @@ def check_tokens(generation: Generation, vocabulary: int) -> None:
                 raise RequestError(
                     f"{param}: token id {token} is out of vocabulary (0 to {vocabulary - 1})", param
                 )
+    if not all(sampling.bad_words):
+        raise RequestError("bad_words: a bad word holds at least one token", "bad_words")
     if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
         raise RequestError("allowed_token_ids allows no token", "allowed_token_ids")

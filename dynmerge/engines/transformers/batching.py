@@ -4,7 +4,6 @@ Its thread calls, for every step, `BatchSampler.prepare_tensor_args` (the batch 
 (whose hooks follow the plan), `BatchSampler.__call__` (the logits are known) and the `Router`.
 """
 
-import dataclasses
 import gc
 import logging
 import threading
@@ -31,6 +30,9 @@ from dynmerge.errors import EngineDead
 
 PAGE = 16  # tokens in one block of the cache
 STOP_SECONDS = 30.0
+
+# Newer versions would ask the hub for kernels, unless told not to.
+_SWITCHES_TO_FLASH = "auto_switch_to_flash" in ContinuousBatchingConfig.__dataclass_fields__
 
 # The manager warns of every start; what matters of it is raised or reported here.
 manager_logger = logging.getLogger("ContinuousBatchingLogger")
@@ -90,10 +92,13 @@ class BatchSampler(ContinuousBatchingLogitsProcessorList):
 class Router(OutputRouter):
     """Carries each step's outcome to the mailboxes; what nobody waits for is dropped."""
 
-    def __init__(self, cancel: Callable[[Request], None]) -> None:
+    def __init__(
+        self, cancel: Callable[[Request], None], fail: Callable[[Request, Exception], None]
+    ) -> None:
         super().__init__()
         self.requests: dict[str, Request] = {}
         self._cancel = cancel
+        self._fail = fail
 
     def deliver(self, output: GenerationOutput) -> None:
         """Report one output."""
@@ -106,7 +111,7 @@ class Router(OutputRouter):
             request = self.requests.get(output.request_id)
             if request is None:
                 continue
-            news = _news(request, output)
+            news = self._news(request, output)
             if news.reason is not None:
                 self.requests.pop(request.id, None)
             letters.append((request, news))
@@ -118,6 +123,16 @@ class Router(OutputRouter):
         requests, self.requests = self.requests, {}
         Request.post([(request, News((), reason)) for request in requests.values()])
 
+    def _news(self, request: Request, output: GenerationOutput) -> News:
+        tokens, request.pending = tuple(request.pending), []
+        if request.failed or output.error is not None:
+            return News((), "error")
+        drawn, taken = [token.id for token in tokens], output.generated_tokens[-1:]
+        if len(drawn) != 1 or drawn != taken:
+            self._fail(request, RuntimeError(f"drew {drawn}, but the batch went on with {taken}"))
+            return News((), "error")
+        return News(tokens, request.finish_reason(tokens[0]))
+
 
 def _greedy() -> Any:
     """The sampler decides; no token ends a request by default."""
@@ -125,12 +140,22 @@ def _greedy() -> Any:
     return make(do_sample=False, eos_token_id=-1, pad_token_id=0)
 
 
-def _news(request: Request, output: GenerationOutput) -> News:
-    tokens, request.pending = tuple(request.pending), []
-    if request.failed or output.error is not None:
-        return News((), "error")
-    reason = request.finish_reason(tokens[-1]) if tokens else None
-    return News(tokens, reason)
+def _unblock_when_empty(scheduler: Any) -> None:
+    """Let the queue in when cancellations have emptied the batch.
+
+    A full cache makes transformers admit nobody until a running request finishes. It does not count
+    cancelled ones: once the last is cancelled, nothing would ever finish.
+    """
+    clear = scheduler.clear_cancelled_requests
+
+    def clear_and_unblock() -> Any:
+        cancelled = clear()
+        if not scheduler.active_requests:
+            scheduler.block_new_requests = False
+        return cancelled
+
+    # The worker's thread calls it before each step: nowhere else could the flag be reset safely.
+    scheduler.clear_cancelled_requests = clear_and_unblock
 
 
 class ContinuousWorker:
@@ -147,7 +172,7 @@ class ContinuousWorker:
         self._layers = layers
         self._config = config
         self._blocks = -(-cache_tokens // PAGE) + 1
-        self._router = Router(self.cancel)
+        self._router = Router(self.cancel, self._fail)
         self._manager: Any = None
         self._prefix: PrefixCache | None = None
 
@@ -161,6 +186,7 @@ class ContinuousWorker:
         manager.logit_processor = BatchSampler(self._layers, self._fail)
         manager.output_router = self._router
         manager.warmup()  # makes the cache, here and not on the thread, so that failures are raised
+        _unblock_when_empty(manager.batch_processor.scheduler)
         if self._config.prefix_cache:
             self._prefix = PrefixCache(manager.batch_processor.cache)
         self._manager = manager
@@ -236,17 +262,17 @@ class ContinuousWorker:
         self._manager.cancel_request(request.id)
 
     def _batching(self) -> ContinuousBatchingConfig:
-        wanted: dict[str, Any] = {
+        options: dict[str, Any] = {
             "page_size": PAGE,
             "num_blocks": self._blocks,
             "max_batch_tokens": self._config.max_batch_tokens,
             "max_requests_per_batch": self._config.max_batch,
             "max_blocks_per_request": 0,
             "allow_block_sharing": self._config.prefix_cache,
-            "auto_switch_to_flash": False,  # it would ask the hub for kernels
             "use_cuda_graph": False,  # a graph would freeze the hooks' plan
             "use_async_batching": False,
             "max_memory_percent": 0.95,
         }
-        known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
-        return ContinuousBatchingConfig(**{k: v for k, v in wanted.items() if k in known})
+        if _SWITCHES_TO_FLASH:
+            options["auto_switch_to_flash"] = False
+        return ContinuousBatchingConfig(**options)

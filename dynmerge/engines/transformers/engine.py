@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dynmerge.adapters.base_model import BaseModel
 from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.storage import check_base
 from dynmerge.engines.engine import Chunk, Generation, Load, Token
 from dynmerge.engines.text import Detokenizer, StopStrings
 from dynmerge.engines.transformers.admission import check_fits, check_tokens
@@ -60,8 +62,12 @@ class TransformersEngine:
     def from_folder(
         cls, base_folder: Path, bank: FactorBank, config: EngineConfig | None = None
     ) -> "TransformersEngine":
-        """Load the base model of `bank` from a local folder and start serving."""
+        """Load the base model of `bank` from a local folder and start serving.
+
+        Raises BaseModelError for a folder that cannot be served and BankError for another model.
+        """
         config = config or EngineConfig()
+        check_base(bank, BaseModel.open(base_folder).fingerprint)
         return cls(load_base_model(base_folder, config), bank, config)
 
     @property

@@ -47,7 +47,7 @@ class CoreRows:
     """
 
     def __init__(self, layout: CoreLayout, rows: int, dtype: torch.dtype, device: torch.device):
-        self._digests = [BASE] * rows
+        self._digests: list[str | None] = [BASE] * rows  # None: half written
         # Neighbours of equal shape share a block (modules, rows, q, p), written in one copy.
         self._blocks: list[tuple[slice, Tensor]] = []
         self.views: list[Tensor] = []  # (rows, q, p) per module
@@ -63,6 +63,7 @@ class CoreRows:
         for row, merge in enumerate(merges):
             digest = digest_of(merge)
             if self._digests[row] != digest:
+                self._digests[row] = None
                 self._write(row, merge)
                 self._digests[row] = digest
                 written = True
@@ -126,6 +127,7 @@ class Layers:
             return
         key = (*digests, *lengths)
         if self._made is None or self._made[0] != key:
+            self._made = None  # its rows are about to change
             self._made = key, self._planned(merges, digests, lengths)
         self.plan = self._made[1]
 

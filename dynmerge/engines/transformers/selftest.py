@@ -1,6 +1,6 @@
 """Which worker can run this model: found by trying at start, not by a list of architectures.
 
-Short prompts run together, each under another skill, and must get the log probabilities that the
+A few prompts run together, each under another skill, and must get the log probabilities that the
 plain model gives them one at a time. This also finds a transformers whose internals moved.
 """
 
@@ -13,7 +13,7 @@ import torch
 from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Generation, Sampling, Token
 from dynmerge.engines.transformers.attention import use_ragged_attention
-from dynmerge.engines.transformers.batching import ContinuousWorker, manager_logger
+from dynmerge.engines.transformers.batching import PAGE, ContinuousWorker, manager_logger
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.layers import Layers
 from dynmerge.engines.transformers.model import LoadedModel, cache_tokens
@@ -47,7 +47,7 @@ def start_worker(
         alone.start()
         return alone, min(limits, default=CONTEXT)
     room = cache_tokens(base, config)
-    trial = _generations(base, bank, layers)
+    trial = _generations(base, bank, layers, min([*limits, room]))
     expected = _answers(alone, trial)
     alone.stop()
     original = base.model.config._attn_implementation
@@ -97,16 +97,24 @@ def _problem(
     return None
 
 
-def _generations(base: LoadedModel, bank: FactorBank, layers: Layers) -> list[Generation]:
-    """The base model and the first two skills, each on a prompt of another length."""
+def _generations(
+    base: LoadedModel, bank: FactorBank, layers: Layers, context: int
+) -> list[Generation]:
+    """The base model and the first two skills.
+
+    The first two share a prompt that fills blocks of the cache: no block may serve both. The other
+    is shorter, so that the batch is ragged.
+    """
     sampling = Sampling(max_tokens=2, temperature=0.0, logprobs=0, ignore_eos=True)
     merges: list[Merge | None] = [None]
-    for name, cores in list(zip(bank.names, bank.cores, strict=True))[:2]:
+    for task, name in enumerate(bank.names[:2]):
         recipe = Recipe(Preference.of({name: 1.0}), MethodChoice("self-test", 0), bank.digest)
-        merges.append(Merge(recipe, cores.to(layers.device, layers.dtype)))
-    step = max(base.vocabulary // 16, 1)
-    prompts = [tuple(range(step, base.vocabulary, step))[: 3 + 2 * i] for i in range(len(merges))]
-    return [Generation(p, merge, sampling) for p, merge in zip(prompts, merges, strict=True)]
+        core = torch.cat([module.core(task).flatten() for module in bank.modules])
+        merges.append(Merge(recipe, core.to(layers.device, layers.dtype)))
+    spread = [place * base.vocabulary // 64 for place in range(1, 2 * PAGE + 2)]
+    shared = tuple(spread[: max(context - sampling.max_tokens, 1)])
+    prompts = [shared, shared, shared[:7]]
+    return [Generation(p, merge, sampling) for p, merge in zip(prompts, merges, strict=False)]
 
 
 def _answers(worker: Worker, trial: list[Generation]) -> list[list[Token]]:
