@@ -147,7 +147,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="By default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="By default 8000.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve other machines without an API key.")

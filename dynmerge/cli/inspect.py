@@ -1,5 +1,6 @@
 """`dynmerge inspect`: what a bank holds, as tables, as JSON or as a picture."""
 
+from collections import Counter
 from pathlib import Path
 
 from dynmerge.bank.inspection import BankReport, PairReport, inspect_bank, readable
@@ -34,10 +35,11 @@ def _say(report: BankReport) -> None:
     line(f"base    {report.base}, fingerprint {report.fingerprint[:12]}")
     line(f"digest  {report.digest[:12]}")
     merge = f"{readable(size.merge_bf16)} in bf16, {readable(size.merge_fp32)} in fp32"
+    line(f"modules {len(report.modules)}, cores {_cores(report)}")
     line(f"bytes   {readable(size.factors)} of factors in fp32; one merge {merge}")
     line()
     table(
-        ("skill", "rank", "modules", "norm", "effective rank", "source"),
+        ("skill", "rank", "modules", "norm", "effective rank", "digest", "source"),
         [
             (
                 task.name,
@@ -45,6 +47,7 @@ def _say(report: BankReport) -> None:
                 task.modules,
                 task.norm,
                 task.effective_rank,
+                task.digest[:12],
                 task.provenance.get("source", ""),
             )
             for task in report.tasks
@@ -54,6 +57,12 @@ def _say(report: BankReport) -> None:
     line(f"equal shares of all: effective rank {report.merge_effective_rank:.3f}")
     if report.pairs:
         _say_pairs(report)
+
+
+def _cores(report: BankReport) -> str:
+    """The shapes that occur, most frequent first."""
+    shapes = Counter((module.p, module.q) for module in report.modules)
+    return ", ".join(f"{p} x {q} ({count})" for (p, q), count in shapes.most_common())
 
 
 def _say_pairs(report: BankReport) -> None:
