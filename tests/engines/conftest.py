@@ -142,7 +142,7 @@ def prompt(length: int, start: int = 0) -> list[int]:
 def checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -151,12 +151,27 @@ def greedy_steps(
 ) -> tuple[list[int], list[float]]:
     """The plain model, everything computed anew for each token."""
     sequence, logprobs = list(ids), []
+    device = next(model.parameters()).device
     with torch.no_grad():
         for _ in range(tokens):
-            row = torch.log_softmax(model(torch.tensor([sequence])).logits[0, -1], dim=-1)
+            logits = model(torch.tensor([sequence], device=device)).logits[0, -1]
+            row = torch.log_softmax(logits.float(), dim=-1)
             sequence.append(int(row.argmax()))
             logprobs.append(float(row.max()))
     return sequence[len(ids) :], logprobs
+
+
+def check_steps(
+    found: tuple[list[int], list[float]], wanted: tuple[list[int], list[float]], tolerance: float
+) -> None:
+    """Two greedy answers (ids, log probabilities), alike up to rounding.
+
+    Where the ids part, both were as likely within the tolerance, and what follows may differ.
+    """
+    for one, p, other, q in zip(*found, *wanted, strict=True):
+        assert p == pytest.approx(q, abs=tolerance)
+        if one != other:
+            return
 
 
 def logprobs(found: Answer) -> list[float]:

@@ -61,6 +61,15 @@ def test_token_ids_the_model_does_not_have_are_refused(
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("words", [((),), ((3, 4), ())])
+def test_a_bad_word_without_tokens_is_refused(
+    bench: Bench, words: tuple[tuple[int, ...], ...]
+) -> None:
+    with pytest.raises(RequestError, match="at least one token") as refused:
+        bench.engine.check(bench.ask(prompt(3), replace(GREEDY, bad_words=words)))
+    assert refused.value.param == "bad_words"
+
+
 @pytest.mark.parametrize("ids", [(3, 384), (-1, 3), ()])
 def test_prompts_the_model_cannot_read_are_refused(bench: Bench, ids: tuple[int, ...]) -> None:
     with pytest.raises(RequestError) as refused:

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,23 @@ def test_a_batch_of_another_size_than_planned_is_an_error() -> None:
     layers.prepare([bench.merge(ada=1.0)], [5])
     with pytest.raises(RuntimeError, match="6 tokens came, 5 planned"):
         hidden(bench.model, range(3, 9))
+
+
+def test_a_row_left_half_written_serves_nobody() -> None:
+    bench, layers = parts("linear")
+    ada, bob = bench.merge(ada=1.0), bench.merge(bob=1.0)
+
+    def logits() -> Tensor:
+        layers.prepare([ada, bob], [3, 3])
+        return hidden(bench.model, range(3, 9))
+
+    expected = logits()
+    cut = bench.merge(cyd=1.0)
+    cut = replace(cut, core=cut.core[: cut.core.numel() // 2])
+    for broken in ([cut, bob], [bench.merge(cyd=0.5), cut]):
+        with pytest.raises(RuntimeError):
+            layers.prepare(broken, [3, 3])
+        torch.testing.assert_close(logits(), expected)
 
 
 def test_pieces_join_single_tokens_and_neighbours_under_one_merge() -> None:

@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dynmerge.adapters.base_model import fingerprint
+from dynmerge.bank.bank import BaseIdentity
+from dynmerge.bank.build import build_bank
 from dynmerge.engines.engine import Chunk, Generation
 from dynmerge.engines.transformers import TransformersEngine
 from dynmerge.errors import (
+    BankError,
     BaseModelError,
     EngineDead,
     Overloaded,
@@ -59,6 +63,32 @@ async def test_a_client_that_leaves_frees_everything_running_or_queued(narrow: B
     processor = engine._worker._manager.batch_processor
     assert not processor.scheduler.has_pending_requests()
     assert len((await answer(engine, narrow.ask(prompt(5), cyd=1.0))).ids) == GREEDY.max_tokens
+
+
+@pytest.mark.parametrize("batching", ["continuous", "single"])
+async def test_who_leaves_the_queue_is_counted_no_more(base_folder: Path, batching: str) -> None:
+    config = replace(SMALL, max_batch=1, batching=batching)
+    made = bench_of(tiny_model(), AutoTokenizer.from_pretrained(base_folder), config)
+    engine = made.engine
+
+    def busy() -> tuple[int, int]:
+        return engine.load().running, engine.load().waiting
+
+    async with aclosing(stream(engine, made.ask(prompt(9), LONG, ada=1.0))) as running:
+        await anext(running)
+        queued = [
+            asyncio.create_task(answer(engine, made.ask(prompt(5 + i), GREEDY, bob=1.0)))
+            for i in range(5)
+        ]
+        await until(lambda: busy() == (1, 5))
+        for leaving in queued[::2]:
+            leaving.cancel()
+        await asyncio.gather(*queued[::2], return_exceptions=True)
+        assert busy() == (1, 2)
+    stayed = await asyncio.wait_for(asyncio.gather(*queued[1::2]), 30)
+    assert [len(found.ids) for found in stayed] == [GREEDY.max_tokens] * 2
+    assert busy() == (0, 0)
+    engine.close()
 
 
 def stream(engine: TransformersEngine, generation: Generation) -> AsyncIterator[Chunk]:
@@ -119,11 +149,13 @@ async def test_close_aborts_what_runs_and_refuses_what_comes(base_folder: Path) 
 
 
 def test_a_folder_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
-    engine = TransformersEngine.from_folder(base_folder, bench.bank, SMALL)
+    bank = build_bank(BaseIdentity("tiny", fingerprint(base_folder)), bench.adapters)
+    engine = TransformersEngine.from_folder(base_folder, bank, SMALL)
     assert engine.dtype == torch.float32
     assert engine.device == torch.device("cpu")
     assert (engine.context_length, engine.vocabulary_size) == (512, 384)
-    found = asyncio.run(answer(engine, bench.ask(prompt(9), ada=1.0)))
+    loaded = replace(bench, engine=engine, bank=bank)
+    found = asyncio.run(answer(engine, loaded.ask(prompt(9), ada=1.0)))
     assert found.ids == asyncio.run(answer(bench.engine, bench.ask(prompt(9), ada=1.0))).ids
     engine.close()
 
@@ -131,6 +163,11 @@ def test_a_folder_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, bench: Bench) -> None:
     with pytest.raises(BaseModelError):
         TransformersEngine.from_folder(tmp_path, bench.bank, SMALL)
+
+
+def test_a_folder_with_another_model_is_refused(base_folder: Path, bench: Bench) -> None:
+    with pytest.raises(BankError, match="another base model"):
+        TransformersEngine.from_folder(base_folder, bench.bank, SMALL)
 
 
 def test_a_process_that_forgets_to_close_still_ends(base_folder: Path) -> None:

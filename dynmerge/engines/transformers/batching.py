@@ -259,7 +259,8 @@ class ContinuousWorker:
         """Take one request out of the batch for a fault of its own."""
         logging.getLogger(__name__).warning("request %s failed: %s", request.id, reason)
         request.failed = True
-        self._manager.cancel_request(request.id)
+        if self._manager is not None:
+            self._manager.cancel_request(request.id)
 
     def _batching(self) -> ContinuousBatchingConfig:
         options: dict[str, Any] = {
