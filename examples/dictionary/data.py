@@ -51,15 +51,17 @@ UNWANTED = re.compile(
     re.IGNORECASE,
 )
 
-TYPEWRITER = {
-    "\u2018": "'",
-    "\u2019": "'",
-    "\u201c": '"',
-    "\u201d": '"',
-    "\u2013": "-",
-    "\u2014": "-",
-}
-SOFT_HYPHEN = "\u00ad"
+TYPEWRITER = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u00ad": "",  # a soft hyphen
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +239,8 @@ def dictd(package: Path, name: str) -> Iterator[str]:
         word, offset, length = line.split("\t")
         if not word.startswith("00"):
             places.add((base64_number(offset), base64_number(length)))
-    for offset, length in sorted(places):
-        yield plain_quotes(text[offset : offset + length].decode("utf-8").strip())
+    for start, size in sorted(places):
+        yield plain_quotes(text[start : start + size].decode("utf-8").strip())
 
 
 def base64_number(digits: str) -> int:
@@ -382,7 +384,7 @@ def sentence(text: str) -> str:
 
 def plain_quotes(text: str) -> str:
     """Typewriter quotes and dashes, so that no voice shows by its typography."""
-    return text.translate(str.maketrans(TYPEWRITER | {SOFT_HYPHEN: ""}))
+    return text.translate(TYPEWRITER)
 
 
 def split(rows: Iterable[Example], sizes: Mapping[str, int]) -> dict[str, list[Example]]:

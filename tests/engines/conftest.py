@@ -135,6 +135,20 @@ async def answers(engine: Engine, generations: Sequence[Generation]) -> list[Ans
     return await asyncio.gather(*(answer(engine, generation) for generation in generations))
 
 
+# Eight merges and the base model; prompts longer than a step (24 tokens) are taken in pieces.
+ASKED: list[tuple[int, dict[str, float]]] = [
+    (5, {"ada": 1.0}),
+    (61, {"bob": 1.0}),
+    (9, {"cyd": 1.0}),
+    (17, {"ada": 0.5, "bob": 0.5}),
+    (33, {"ada": 0.2, "bob": 0.3, "cyd": 0.5}),
+    (1, {"bob": 0.9, "cyd": 0.1}),
+    (26, {"ada": -0.4, "cyd": 0.8}),
+    (12, {"ada": 1.5, "bob": -1.0}),
+    (40, {}),
+]
+
+
 def prompt(length: int, start: int = 0) -> list[int]:
     return [3 + (start + 7 * i * i + i) % 317 for i in range(length)]
 
@@ -151,31 +165,43 @@ def greedy_steps(
 ) -> tuple[list[int], list[float]]:
     """The plain model, everything computed anew for each token."""
     sequence, logprobs = list(ids), []
-    device = next(model.parameters()).device
     with torch.no_grad():
         for _ in range(tokens):
-            logits = model(torch.tensor([sequence], device=device)).logits[0, -1]
-            row = torch.log_softmax(logits.float(), dim=-1)
+            row = torch.log_softmax(model(torch.tensor([sequence])).logits[0, -1], dim=-1)
             sequence.append(int(row.argmax()))
             logprobs.append(float(row.max()))
     return sequence[len(ids) :], logprobs
 
 
-def check_steps(
-    found: tuple[list[int], list[float]], wanted: tuple[list[int], list[float]], tolerance: float
-) -> None:
-    """Two greedy answers (ids, log probabilities), alike up to rounding.
-
-    Where the ids part, both were as likely within the tolerance, and what follows may differ.
-    """
-    for one, p, other, q in zip(*found, *wanted, strict=True):
-        assert p == pytest.approx(q, abs=tolerance)
-        if one != other:
-            return
-
-
 def logprobs(found: Answer) -> list[float]:
     return [token.logprob for token in found.tokens if token.logprob is not None]
+
+
+async def check_batch(bench: Bench, tolerance: float) -> None:
+    """Everyone in a ragged batch gets what it gets alone and what its merge written out gives.
+
+    `tolerance` is of log probabilities. Greedy answers are compared until rounding parts them; that
+    must be rare. The model written out has the same rounded weights, and computes in float32.
+    """
+    asked = [bench.ask(prompt(length, length), **weights) for length, weights in ASKED]
+    together = await answers(bench.engine, asked)
+    alike = 0
+    for (length, weights), generation, found in zip(ASKED, asked, together, strict=True):
+        alone = await answer(bench.engine, generation)
+        dense = bench.written_out(tiny_model().to(bench.engine.dtype).float(), **weights)
+        expected = greedy_steps(dense, prompt(length, length), GREEDY.max_tokens)
+        for ids, steps in ((alone.ids, logprobs(alone)), expected):
+            same = steps_alike(found.ids, ids)
+            alike += same
+            until_then = slice(0, same + 1)
+            assert logprobs(found)[until_then] == pytest.approx(steps[until_then], abs=tolerance)
+    assert alike > 0.7 * 2 * len(ASKED) * GREEDY.max_tokens
+
+
+def steps_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids agree before the first that does not."""
+    pairs = zip(one, other, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one))
 
 
 async def until(condition: object) -> None:

@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from dynmerge.engines.engine import Grammar, Sampling
 from dynmerge.engines.transformers import EngineConfig
+from dynmerge.engines.transformers.batching import ContinuousWorker
 from tests.conftest import tiny_model
 from tests.engines.conftest import (
+    ASKED,
     GREEDY,
     LONG,
     SMALL,
@@ -17,25 +20,13 @@ from tests.engines.conftest import (
     answer,
     answers,
     bench_of,
+    check_batch,
     checksum,
     greedy_steps,
     logprobs,
     prompt,
     until,
 )
-
-# Eight merges and the base model; prompts longer than a step (24 tokens) are taken in pieces.
-ASKED: list[tuple[int, dict[str, float]]] = [
-    (5, {"ada": 1.0}),
-    (61, {"bob": 1.0}),
-    (9, {"cyd": 1.0}),
-    (17, {"ada": 0.5, "bob": 0.5}),
-    (33, {"ada": 0.2, "bob": 0.3, "cyd": 0.5}),
-    (1, {"bob": 0.9, "cyd": 0.1}),
-    (26, {"ada": -0.4, "cyd": 0.8}),
-    (12, {"ada": 1.5, "bob": -1.0}),
-    (40, {}),
-]
 
 
 async def test_each_of_a_batch_gets_what_it_gets_alone_and_what_its_merge_written_out_gives(
@@ -57,6 +48,22 @@ async def test_each_of_a_batch_gets_what_it_gets_alone_and_what_its_merge_writte
         assert found.text == bench.engine.tokenizer.decode(ids)
         assert found.last.finish_reason == "length"
     assert checksum(bench.model) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float16, 0.05)], ids=str
+)
+async def test_half_precision_gives_the_same_up_to_its_rounding(
+    dtype: torch.dtype, tolerance: float, base_folder: Path
+) -> None:
+    model = tiny_model().to(dtype)
+    before = checksum(model)
+    made = bench_of(model, AutoTokenizer.from_pretrained(base_folder), SMALL)
+    assert isinstance(made.engine._worker, ContinuousWorker)
+    assert made.engine.dtype == dtype
+    await check_batch(made, tolerance)
+    assert checksum(model) == before
+    made.engine.close()
 
 
 async def test_the_base_model_and_its_spelled_out_preference_are_the_base_model(
