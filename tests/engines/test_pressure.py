@@ -28,7 +28,7 @@ def cramped(base_folder: Path, request: pytest.FixtureRequest) -> Iterator[Bench
 
 @pytest.mark.parametrize(
     ("seed", "leaving", "count", "cramped"),
-    [(1, 0.3, 24, 80), (2, 0.4, 12, 48)],
+    [(1, 0.3, 24, 80), (2, 0.4, 12, 80)],
     indirect=["cramped"],
 )
 async def test_clients_that_leave_a_full_cache_hold_nobody_up(
