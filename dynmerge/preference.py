@@ -243,7 +243,8 @@ def _normalised(numbers: Mapping[str, float], source: str) -> dict[str, int]:
         for name, share in shares.items()
     }
     left = GRID - sum(whole.values())
-    by_remainder = sorted(shares, key=lambda name: (whole[name] - shares[name], name))
+    # Remainders that are equal but for rounding are equal: the name decides, not the last bit.
+    by_remainder = sorted(shares, key=lambda name: (round(whole[name] - shares[name], 6), name))
     for name in by_remainder[: max(left, 0)]:
         whole[name] += 1
     for name, number in numbers.items():

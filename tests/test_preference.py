@@ -82,6 +82,13 @@ def test_order_and_scale_of_a_preference_do_not_matter(weights: dict[str, int], 
     assert sum(value for _, value in preference.thousandths) == GRID
 
 
+def test_equal_remainders_are_told_apart_by_name_whatever_the_scale() -> None:
+    weights = {"*": 15, "a": 1, "b": 3, "c": 1, "d": 1, "e": 27}
+    for scale in (1, 0.01, 0.1, 3, 1e-7):
+        scaled = Preference.of({name: scale * weight for name, weight in weights.items()})
+        assert scaled == Preference.of(weights)
+
+
 @given(VECTORS, st.booleans())
 def test_what_is_printed_is_read_back_as_the_same(weights: dict[str, int], normalize: bool) -> None:
     scaled = {name: weight / 50 for name, weight in weights.items()}

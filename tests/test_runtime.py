@@ -53,15 +53,31 @@ async def test_a_request_goes_from_preference_to_tokens(runtime: Runtime) -> Non
     assert answers["bob"] != answers["ada=0.7, bob=0.3"] != ["0"]
 
 
+def hold_back(runtime: Runtime) -> threading.Event:
+    """Make merges wait for the event that is returned."""
+    go = threading.Event()
+    make = runtime.cache._make
+
+    def slow(recipe: Recipe) -> Merge:
+        assert go.wait(10)
+        return make(recipe)
+
+    runtime.cache._make = slow
+    return go
+
+
 async def test_a_lease_says_how_its_merge_was_come_by(runtime: Runtime) -> None:
+    go = hold_back(runtime)
     recipe = wanted(runtime, "ada, bob")
-    leases = await asyncio.gather(*(runtime.lease(recipe) for _ in range(5)))
-    again = await runtime.lease(recipe)
-    assert [lease.outcome for lease in [*leases, again]] == ["stored"] + ["collapsed"] * 4 + ["hit"]
-    assert len({id(lease.merge) for lease in [*leases, again]}) == 1
-    assert again.merge is not None
-    assert again.merge.core.dtype == torch.bfloat16
-    for lease in [*leases, again]:
+    asked = [asyncio.create_task(runtime.lease(recipe)) for _ in range(5)]
+    await asyncio.sleep(0)
+    go.set()
+    leases = [*await asyncio.gather(*asked), await runtime.lease(recipe)]
+    assert [lease.outcome for lease in leases] == ["stored"] + ["collapsed"] * 4 + ["hit"]
+    assert len({id(lease.merge) for lease in leases}) == 1
+    assert leases[0].merge is not None
+    assert leases[0].merge.core.dtype == torch.bfloat16
+    for lease in leases:
         lease.release()
     assert runtime.cache.stats().pinned == 0
 
@@ -74,14 +90,7 @@ async def test_the_base_model_needs_no_merge(runtime: Runtime) -> None:
 
 
 async def test_a_client_that_leaves_does_not_take_the_merge_from_others(runtime: Runtime) -> None:
-    go = threading.Event()
-    make = runtime.cache._make
-
-    def slow(recipe: Recipe) -> Merge:
-        assert go.wait(10)
-        return make(recipe)
-
-    runtime.cache._make = slow
+    go = hold_back(runtime)
     recipe = wanted(runtime, "ada, bob")
     leaver = asyncio.create_task(runtime.lease(recipe))
     stayer = asyncio.create_task(runtime.lease(recipe))
