@@ -5,6 +5,7 @@ modules.
 from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,9 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+# A test asserts no time: a busy machine would fail it.
+hypothesis.settings.register_profile("dynmerge", deadline=None)
+hypothesis.settings.load_profile("dynmerge")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
