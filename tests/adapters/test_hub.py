@@ -132,7 +132,7 @@ def test_a_file_and_a_missing_path_are_no_folders(tmp_path: Path, base_folder: P
         ("tiny", "tiny"),
         (f"/cache/models--org--Llama-3/snapshots/{COMMIT}", "Llama-3"),
         (f"/cache/models--gpt2/snapshots/{COMMIT}/", "gpt2"),
-        ("/work/snapshots/one", "one"),
+        ("/data/snapshots/one", "one"),
         ("", ""),
     ],
 )
