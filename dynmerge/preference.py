@@ -9,7 +9,7 @@ merge. The reserved name `base` stands for the base model itself, a skill that c
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 import http_sf
@@ -35,6 +35,8 @@ class Preference:
     """
 
     thousandths: tuple[tuple[str, int], ...]
+    # All names that were given, those at zero too: a name misspelt is an error at any weight.
+    named: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
     def base_model(cls) -> "Preference":
@@ -69,7 +71,7 @@ class Preference:
             _check_range(name, number, normalize, allow_negative, source)
         grid = _normalised(numbers, source) if normalize else _multipliers(numbers, source)
         kept = tuple(sorted((name, value) for name, value in grid.items() if value))
-        return cls(kept) if kept else cls.base_model()
+        return cls(kept or cls.base_model().thousandths, frozenset(numbers))
 
     @classmethod
     def parse(
@@ -124,7 +126,7 @@ class Preference:
     def require(self, known: Iterable[str], source: str = "preference") -> None:
         """Raise PreferenceError unless every skill named is one of `known`."""
         known = sorted(known)
-        for skill in self.skills:
+        for skill in sorted(self.named.union(self.skills) - {BASE}):
             if skill not in known:
                 raise PreferenceError(
                     f"{source}: no skill named {skill!r} (known: {', '.join(known)})", source

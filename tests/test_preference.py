@@ -137,6 +137,12 @@ def test_an_unknown_skill_is_named_with_the_choices() -> None:
         preference.require(["math", "code"])
 
 
+@pytest.mark.parametrize("text", ["mth=0", "math=1, mth=0", "mth=0;raw"])
+def test_an_unknown_skill_is_an_error_even_at_zero(text: str) -> None:
+    with pytest.raises(PreferenceError, match="no skill named 'mth'"):
+        Preference.parse(text).require(["math", "code"])
+
+
 def test_base_is_known_everywhere_and_takes_its_share() -> None:
     preference = Preference.of({"math": 1, "base": 3})
     preference.require(["math"])

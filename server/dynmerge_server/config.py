@@ -49,6 +49,12 @@ class Auth:
     keys: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False  # serve other hosts without a key
 
+    def __post_init__(self) -> None:
+        if any(not key or key != key.strip() for key in self.keys):
+            raise ConfigError(
+                "an API key is empty or has blanks around it, which no client can send"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
@@ -119,12 +125,19 @@ class ServerConfig:
             nested = isinstance(value, Mapping) and isinstance(below, Mapping)
             data[key] = {**below, **value} if nested else value  # type: ignore[dict-item]
         if key_in_environment := os.environ.get(API_KEY_VARIABLE):
-            auth = dict(data.get("auth") or {})
-            data["auth"] = {**auth, "keys": [*auth.get("keys", ()), key_in_environment]}
+            data["auth"] = _with_key(data.get("auth", {}), key_in_environment)
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             raise ConfigError(_explain(error, path)) from None
+
+
+def _with_key(auth: object, key: str) -> object:
+    """`auth` with one key more; what is not of its form is left for validation to refuse."""
+    if not isinstance(auth, Mapping):
+        return auth
+    keys = auth.get("keys", [])
+    return {**auth, "keys": [*keys, key]} if isinstance(keys, (list, tuple)) else auth
 
 
 def is_loopback(host: str) -> bool:

@@ -80,3 +80,18 @@ def test_sampling_defaults_are_taken_field_by_field() -> None:
     first = SamplingDefaults(temperature=0.0, top_k=5)
     both = first.over(SamplingDefaults(temperature=1.0, top_p=0.9))
     assert both == SamplingDefaults(temperature=0.0, top_p=0.9, top_k=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[auth]\nkeys = "secret"', '[auth]\nkeys = [""]', '[auth]\nkeys = [" a"]', 'auth = "x"'],
+)
+@pytest.mark.parametrize("environment", ["envkey", ""])
+def test_a_slip_in_the_keys_is_refused_and_never_read_as_other_keys(
+    text: str, environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNMERGE_API_KEY", environment)
+    path = tmp_path / "dynmerge.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        ServerConfig.load(path)

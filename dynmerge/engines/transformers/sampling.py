@@ -139,7 +139,9 @@ def nucleus(weights: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     if not top_k and heaviest.sum() < top_p * total:
         heaviest, ids = weights.sort(descending=True)
     before = heaviest.cumsum(-1) - heaviest
-    return heaviest * (before < top_p * total), ids
+    # Where top_p is below rounding the heaviest token alone is left, never nothing.
+    inside = (before < top_p * total) | (before <= 0)
+    return heaviest * inside, ids
 
 
 def sample(draws: Sequence[Draw], scores: Tensor) -> list[Token | Exception]:

@@ -14,6 +14,7 @@ from dynmerge_server.openai.structured import grammar
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD = 256  # characters: words are tokenised while others wait
 TOKEN_ID = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 
 # vLLM's, where neither the request, the configuration nor the model says anything.
@@ -233,6 +234,10 @@ def _bad_words(
     for word in request.bad_words:
         if not word.strip():
             raise RequestError("bad_words cannot contain an empty string.", "bad_words")
+        if len(word) > MAX_BAD_WORD:
+            raise RequestError(
+                f"bad_words takes words of at most {MAX_BAD_WORD} characters", "bad_words"
+            )
         plain, spaced = (
             tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
             for prefix in ("", " ")
