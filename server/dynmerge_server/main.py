@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dynmerge.adapters.base_model import BaseModel
-from dynmerge.bank.storage import check_base, load_bank, read_manifest
+from dynmerge.bank.storage import load_bank, read_manifest
 from dynmerge.engines.transformers.engine import TransformersEngine
 from dynmerge.errors import BaseModelError
 from dynmerge.runtime import Runtime
@@ -49,7 +49,6 @@ def open_runtime(bank_folder: Path, config: ServerConfig) -> tuple[Runtime, Samp
         )
     base = BaseModel.open(source)
     bank = load_bank(bank_folder)
-    check_base(bank, base.fingerprint)
     engine = TransformersEngine.from_folder(base.folder, bank, config.engine)
     runtime = Runtime(bank, engine, cache_bytes=config.cache_bytes)
     return runtime, sampling_of(base.folder)
