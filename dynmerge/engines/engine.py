@@ -133,7 +133,8 @@ class Engine(Protocol):
     def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
         """Queue and stream one sequence. Closing the iterator cancels it and frees its blocks.
 
-        Raises Overloaded when the queue is full and EngineDead when the engine cannot run.
+        Raises Overloaded when the queue is full and EngineDead when the engine cannot run; at any
+        token, RequestError when what was asked for allows no next one.
         """
         ...
 

@@ -9,7 +9,7 @@ from starlette.staticfiles import StaticFiles
 
 from dynmerge.runtime import Runtime
 from dynmerge_server.auth import AuthMiddleware
-from dynmerge_server.catalogue import list_merges, list_models, list_presets
+from dynmerge_server.catalogue import get_model, list_merges, list_models, list_presets
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.errors import HANDLERS
 from dynmerge_server.health import health, load, metrics, version
@@ -26,6 +26,7 @@ ROUTES = (
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{id:path}", get_model, methods=["GET"]),
     Route("/v1/preferences/presets", list_presets, methods=["GET"]),
     Route("/v1/merges", list_merges, methods=["GET"]),
     Route("/invocations", invocations, methods=["POST"]),

@@ -1,7 +1,7 @@
 """What was applied, told back: reply headers, and the `dynmerge` block of a body.
 
-Feeding back `preference` (with `normalize` false where `raw` is true) and `method`, or the header
-X-Dynmerge-Applied without its `source`, names the same merge again.
+Feeding back `preference`, `normalize` and `method`, or the header X-Dynmerge-Applied without its
+`source`, names the same merge again.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,17 @@ class Applied:
     recipe: Recipe
     source: str
     outcome: str
+    # Where the method left the shared bases: the rank of the merge, and the share of energy kept.
+    rank: int | None = None
+    energy: float = 1.0
 
     @classmethod
     def of(cls, lease: Lease, source: str) -> "Applied":
         """What holding `lease` means for a reply."""
-        return cls(lease.recipe, source, lease.outcome)
+        made = lease.merge
+        if made is None or made.own is None:
+            return cls(lease.recipe, source, lease.outcome)
+        return cls(lease.recipe, source, lease.outcome, made.rank, made.energy)
 
     def headers(self, timings: Mapping[str, float]) -> dict[str, str]:
         """The reply's headers; `timings` are seconds."""
@@ -54,13 +60,15 @@ class Applied:
     def block(self) -> dict[str, Any]:
         """The `dynmerge` block."""
         recipe = self.recipe
+        own = {} if self.rank is None else {"rank": self.rank, "energy": self.energy}
         return {
             "preference": recipe.preference.weights,
-            "raw": recipe.preference.is_raw,
+            "normalize": not recipe.preference.is_raw,
             "text": str(recipe.preference),
             "method": str(recipe.method),
             "merge_id": recipe.digest,
             "bank": recipe.bank,
             "source": self.source,
             "cache": self.outcome,
+            **own,
         }

@@ -15,6 +15,11 @@ async def list_models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": serving(request).models.cards()})
 
 
+async def get_model(request: Request) -> Response:
+    """GET /v1/models/{id}."""
+    return JSONResponse(serving(request).models.card(request.path_params["id"]))
+
+
 async def list_presets(request: Request) -> Response:
     """GET /v1/preferences/presets."""
     data = [

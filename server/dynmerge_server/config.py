@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.errors import ConfigError
@@ -23,6 +23,10 @@ else:
 
 API_KEY_VARIABLE = "DYNMERGE_API_KEY"
 
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -30,14 +34,14 @@ class Limits:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    header_bytes: int = 64 << 10
-    headers: int = 100
-    body_bytes: int = 16 << 20
-    receive_seconds: float = 30.0  # for the whole request to arrive
-    send_seconds: float = 60.0  # for a reader to take the next piece of a stream
-    n: int = 16  # answers to one prompt
-    prompts: int = 1024  # prompts in one request
-    sequences: int = 32  # sequences of one request that run or wait in the engine at once
+    header_bytes: Count = 64 << 10
+    headers: Count = 100
+    body_bytes: Count = 16 << 20
+    receive_seconds: Positive = 30.0  # for the whole request to arrive
+    send_seconds: Positive = 60.0  # for a reader to take a reply, or the next piece of a stream
+    n: Count = 16  # answers to one prompt
+    prompts: Count = 1024  # prompts in one request
+    sequences: Count = 32  # sequences of one request that run or wait in the engine at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,12 @@ class SamplingDefaults:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    # The same ranges as in a request.
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
 
     def over(self, other: "SamplingDefaults") -> "SamplingDefaults":
         """These, and those of `other` where these say nothing."""
@@ -85,14 +90,14 @@ class ServerConfig:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     host: str = "127.0.0.1"
-    port: int = 8000  # 0 takes a free one
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 takes a free one
     base: str | None = None  # the base model's folder or hub id; None is what the bank was built on
     model_name: str | None = None  # what /v1/models calls the base model; None is its own name
     default_preference: str | None = None  # as in the header; None is the base model
     default_method: str | None = None  # as in the header; None is the library's default
     allow_negative: bool = False  # raw weights below zero
-    cache_bytes: int = 1 << 30  # of merges
-    drain_seconds: int = 30  # between SIGTERM and giving up on requests in flight
+    cache_bytes: Size = 1 << 30  # of merges
+    drain_seconds: Size = 30  # between SIGTERM and giving up on requests in flight
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     auth: Auth = field(default_factory=Auth)
@@ -100,11 +105,6 @@ class ServerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for part in (self.limits, self):
-            for item in fields(part):
-                value = getattr(part, item.name)
-                if isinstance(value, (int, float)) and value < 0:
-                    raise ConfigError(f"{item.name} is {value}; it must not be negative")
         if not (is_loopback(self.host) or self.auth.keys or self.auth.insecure):
             raise ConfigError(
                 f"host {self.host} is reachable from other machines: give an API key "
@@ -129,7 +129,9 @@ class ServerConfig:
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            raise ConfigError(_explain(error, path)) from None
+            raise ConfigError(_file(path) + explain(error)) from None
+        except ConfigError as error:
+            raise ConfigError(_file(path) + str(error)) from None
 
 
 def _with_key(auth: object, key: str) -> object:
@@ -155,14 +157,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
 
 
-def _explain(error: ValidationError, path: Path | None) -> str:
+def _file(path: Path | None) -> str:
+    return f"{path}: " if path else ""
+
+
+def explain(error: ValidationError) -> str:
+    """The first setting that is wrong, and what would be right."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = [str(part) for part in first["loc"]]
     name = ".".join(where) or "the configuration"
-    source = f"{path}: " if path else ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{source}no setting named {name} (known: {', '.join(_known(where[:-1]))})"
-    return f"{source}{name}: {first['msg']}"
+        return f"no setting named {name} (known: {', '.join(_known(where[:-1]))})"
+    return f"{name}: {first['msg']}"
 
 
 def _known(section: list[str]) -> list[str]:

@@ -69,6 +69,10 @@ KINDS: dict[type[Exception], Kind] = {
     EngineDead: Kind(503, "ServiceUnavailableError", retry=True),
 }
 INTERNAL = Kind(500, "InternalServerError")
+REASONS: dict[type[Exception], str] = {  # what OpenAI says in `code`, where vLLM has the status
+    PromptTooLong: "context_length_exceeded",
+    UnknownModel: "model_not_found",
+}
 
 STATUS_TYPES = {
     400: "BadRequestError",
@@ -91,7 +95,7 @@ def describe(error: Exception) -> dict[str, Any]:
     kind = kind_of(error)
     if kind is INTERNAL:
         return body(kind.status, "The server failed on this request.", kind.type)
-    extra = {"reason": "context_length_exceeded"} if isinstance(error, PromptTooLong) else {}
+    extra = {"reason": REASONS[type(error)]} if type(error) in REASONS else {}
     param = getattr(error, "param", None)
     return body(kind.status, str(error), kind.type, param, **extra)
 

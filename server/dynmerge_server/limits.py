@@ -1,4 +1,4 @@
-"""Limits: pure ASGI middleware that refuses requests too large or too slow, unread.
+"""Limits: pure ASGI middleware that refuses requests too large, too slow or of two lengths, unread.
 
 The parser's own bounds and the deadline for headers are in `listener.py`.
 """
@@ -32,7 +32,7 @@ class LimitsMiddleware:
         self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 408, 413 or 431."""
+        """Pass the request on, or answer 400, 408, 413 or 431."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
         elif refusal := self._refusal(scope["headers"]):
@@ -47,6 +47,10 @@ class LimitsMiddleware:
         size = sum(len(name) + len(value) + 4 for name, value in headers)
         if size > limits.header_bytes:
             return reply(431, f"{size} bytes of headers; at most {limits.header_bytes} are taken")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            # A proxy that believes the other of the two would see another request in the rest.
+            message = "Content-Length and Transfer-Encoding cannot both be given"
+            return reply(400, message, {"Connection": "close"})
         announced = next((value for name, value in headers if name == b"content-length"), b"0")
         # h11 takes only digits here; int() of an absurd number of them would raise.
         if len(announced) > 18 or int(announced) > limits.body_bytes:

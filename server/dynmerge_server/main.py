@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from dynmerge.engines.transformers.engine import TransformersEngine
 from dynmerge.errors import BaseModelError
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
-from dynmerge_server.config import SamplingDefaults, ServerConfig
-from dynmerge_server.listener import make_server
+from dynmerge_server.config import SamplingDefaults, ServerConfig, explain
+from dynmerge_server.listener import close_all, listen, make_server, shown
 
 logger = logging.getLogger("dynmerge.server")
 
@@ -26,14 +27,18 @@ def serve(bank_folder: Path, config: ServerConfig) -> None:
     Raises BankError, BaseModelError or ConfigError for what cannot be served.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    runtime, sampling = open_runtime(bank_folder, config)
+    sockets = listen(config.host, config.port)  # before the model, whose loading takes long
     try:
-        config = replace(config, sampling=config.sampling.over(sampling))
-        app = create_app(runtime, config)
-        make_server(app, config, lambda port: _announce(config.host, port)).run()
-        app.state.serving.prompts.close()
+        runtime, sampling = open_runtime(bank_folder, config)
+        try:
+            config = replace(config, sampling=config.sampling.over(sampling))
+            app = create_app(runtime, config)
+            make_server(app, config, partial(_announce, config.host)).run(sockets)
+            app.state.serving.prompts.close()
+        finally:
+            runtime.close()
     finally:
-        runtime.close()
+        close_all(sockets)
 
 
 def open_runtime(bank_folder: Path, config: ServerConfig) -> tuple[Runtime, SamplingDefaults]:
@@ -49,7 +54,7 @@ def open_runtime(bank_folder: Path, config: ServerConfig) -> tuple[Runtime, Samp
         )
     base = BaseModel.open(source)
     bank = load_bank(bank_folder)
-    engine = TransformersEngine.from_folder(base.folder, bank, config.engine)
+    engine = TransformersEngine.from_base(base, bank, config.engine)
     runtime = Runtime(bank, engine, cache_bytes=config.cache_bytes)
     return runtime, sampling_of(base.folder)
 
@@ -64,10 +69,11 @@ def sampling_of(folder: Path) -> SamplingDefaults:
         said: dict[str, Any] = json.loads(path.read_bytes())
         chosen = {name: said[name] for name in names if said.get(name) is not None}
         return TypeAdapter(SamplingDefaults).validate_python(chosen)
-    except (OSError, ValueError, ValidationError, AttributeError) as error:
+    except ValidationError as error:
+        raise BaseModelError(f"its generation_config.json: {explain(error)}") from None
+    except (OSError, ValueError, AttributeError) as error:
         raise BaseModelError(f"its generation_config.json cannot be read: {error}") from error
 
 
 def _announce(host: str, port: int) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    print(f"ready http://{shown}:{port}", flush=True)
+    print(f"ready http://{shown(host, port)}", flush=True)

@@ -86,6 +86,14 @@ class Models:
             cards.append(self._card(name, {"root": name, "parent": self.base, "dynmerge": kind}))
         return cards
 
+    def card(self, name: str) -> dict[str, Any]:
+        """The card of `name`; BASE@ has one too. Raises UnknownModel, or PreferenceError."""
+        listed = next((card for card in self.cards() if card["id"] == name), None)
+        if listed is None:
+            self.preference(name)
+            listed = self._card(name, {"root": name, "parent": self.base, "dynmerge": "preference"})
+        return listed
+
     def _card(self, name: str, more: Mapping[str, object]) -> dict[str, Any]:
         permission = {"id": f"modelperm-{name}", "object": "model_permission", **PERMISSION}
         return {

@@ -21,7 +21,7 @@ from dynmerge import preference as preferences
 from dynmerge.errors import ConfigError, PreferenceError, RequestError
 from dynmerge.merging import methods
 from dynmerge.merging.methods import parse_method
-from dynmerge.preference import MAX_ENTRIES, Preference
+from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 from dynmerge.runtime import Runtime
 from dynmerge_server.config import ServerConfig
@@ -125,10 +125,6 @@ class Preferences:
         return preference
 
     def _of(self, weights: Mapping[str, float], normalize: bool, source: str) -> Preference:
-        if len(weights) > MAX_ENTRIES:  # before each is looked at
-            raise PreferenceError(
-                f"{source} names {len(weights)} skills, at most {MAX_ENTRIES} are taken", source
-            )
         preference = Preference.of(
             weights, normalize=normalize, allow_negative=self._allow_negative, source=source
         )

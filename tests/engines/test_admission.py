@@ -1,9 +1,13 @@
+import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 
 from dynmerge.engines.engine import Generation, Grammar
 from dynmerge.engines.transformers import EngineConfig
+from dynmerge.engines.transformers import grammar as grammar_module
+from dynmerge.engines.transformers.grammar import _reason, _source
 from dynmerge.errors import (
     ConfigError,
     DynmergeError,
@@ -14,6 +18,7 @@ from tests.engines.conftest import (
     GREEDY,
     Bench,
     answer,
+    answers,
     prompt,
 )
 
@@ -28,6 +33,80 @@ def test_a_grammar_that_does_not_compile_is_refused_before_it_waits(
     with pytest.raises(RequestError) as refused:
         bench.engine.check(bench.ask(prompt(3), replace(GREEDY, grammar=grammar)))
     assert refused.value.param == "structured_outputs"
+
+
+# Compiles, as llguidance says, but is too complex to begin.
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = ["abc"] + [
+    LETTERS[i % 26] + LETTERS[(i * 7 + i // 26) % 26] + LETTERS[i * 11 % 26] for i in range(100)
+]
+TOO_COMPLEX = Grammar("lark", "start: A\nA: " + " & ".join(f"/.*{word}.*/" for word in WORDS))
+
+
+def test_a_grammar_that_cannot_begin_is_refused_with_a_short_reason(bench: Bench) -> None:
+    assert len(TOO_COMPLEX.text) < 2000
+    with pytest.raises(RequestError, match="not usable") as refused:
+        bench.engine.check(bench.ask(prompt(3), replace(GREEDY, grammar=TOO_COMPLEX)))
+    assert refused.value.param == "structured_outputs"
+    assert len(str(refused.value)) < 200
+
+
+def test_a_reason_has_no_dump_and_no_endless_line() -> None:
+    reason = _reason("at 1(8): no\n" + "x" * 9999 + "\n<state>\nsecret\n</state>")
+    assert reason == "at 1(8): no\n" + "x" * 200
+
+
+async def test_a_grammar_is_compiled_once_for_all_answers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def source(grammar: Grammar) -> str:
+        compiled.append(threading.get_ident())
+        return _source(grammar)
+
+    monkeypatch.setattr(grammar_module, "_source", source)
+    sampling = replace(GREEDY, grammar=Grammar("regex", "only here [ab]{3}"), ignore_eos=False)
+    generation = bench.ask(prompt(3), sampling)
+    await asyncio.to_thread(bench.engine.check, generation)
+    one, other = await answers(bench.engine, [generation, generation])
+    assert one.text == other.text
+    assert len(compiled) == 1
+    bench.engine._grammars._compiled.cache_clear()
+    await answer(bench.engine, generation)
+    assert len(compiled) == 2
+    assert threading.get_ident() not in compiled
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"allowed_token_ids": (2,), "min_tokens": 1, "ignore_eos": False},
+        {"allowed_token_ids": (5,), "stop_token_ids": (5,), "min_tokens": 3},
+        {"allowed_token_ids": (5, 6), "bad_words": ((5,), (6,))},
+    ],
+)
+def test_a_choice_of_no_token_is_refused(bench: Bench, change: dict[str, object]) -> None:
+    with pytest.raises(RequestError) as refused:
+        bench.engine.check(bench.ask(prompt(3), replace(GREEDY, **change)))
+    assert refused.value.param == "allowed_token_ids"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"min_tokens": 9, "ignore_eos": False}, "structured_outputs and min_tokens"),
+        ({"allowed_token_ids": (300,)}, "after 0 tokens, structured_outputs and allowed_token_ids"),
+    ],
+)
+async def test_a_grammar_that_ends_or_never_begins_is_the_callers_and_is_not_logged(
+    bench: Bench, caplog: pytest.LogCaptureFixture, change: dict[str, object], says: str
+) -> None:
+    sampling = replace(GREEDY, grammar=Grammar("regex", "private"), **change)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=says):
+        await answer(bench.engine, bench.ask(prompt(3), sampling))
+    assert "failed: RequestError" in caplog.text
+    assert "private" not in caplog.text
 
 
 @pytest.mark.parametrize("length", [501, 512, 4000])

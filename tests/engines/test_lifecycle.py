@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dynmerge.adapters.base_model import fingerprint
+from dynmerge.adapters.base_model import BaseModel
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.engine import Chunk, Generation
 from dynmerge.engines.transformers import TransformersEngine
 from dynmerge.errors import (
     BankError,
-    BaseModelError,
     EngineDead,
     Overloaded,
+    RequestError,
 )
 from tests.conftest import tiny_model
 from tests.engines.conftest import (
@@ -28,7 +28,6 @@ from tests.engines.conftest import (
     SMALL,
     Bench,
     answer,
-    answers,
     bench_of,
     prompt,
     until,
@@ -96,12 +95,15 @@ def stream(engine: TransformersEngine, generation: Generation) -> AsyncIterator[
 
 
 async def test_a_request_that_fails_fails_alone(bench: Bench) -> None:
-    impossible = replace(GREEDY, allowed_token_ids=(5,), bad_words=((5,),))
-    fine, failed = await answers(
-        bench.engine,
-        [bench.ask(prompt(7), ada=1.0), bench.ask(prompt(7), impossible, ada=1.0)],
+    impossible = replace(GREEDY, allowed_token_ids=(5,), bad_words=((5, 5),))
+    fine, failed = await asyncio.gather(
+        answer(bench.engine, bench.ask(prompt(7), ada=1.0)),
+        answer(bench.engine, bench.ask(prompt(7), impossible, ada=1.0)),
+        return_exceptions=True,
     )
-    assert (failed.last.finish_reason, failed.ids) == ("error", [])
+    assert isinstance(failed, RequestError)
+    assert str(failed) == "after 1 tokens, allowed_token_ids and bad_words allow no other"
+    assert not isinstance(fine, BaseException)
     assert fine.ids == (await answer(bench.engine, bench.ask(prompt(7), ada=1.0))).ids
     assert bench.engine.load().running == 0
 
@@ -148,9 +150,10 @@ async def test_close_aborts_what_runs_and_refuses_what_comes(base_folder: Path) 
         await answer(made.engine, made.ask(prompt(9)))
 
 
-def test_a_folder_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
-    bank = build_bank(BaseIdentity("tiny", fingerprint(base_folder)), bench.adapters)
-    engine = TransformersEngine.from_folder(base_folder, bank, SMALL)
+def test_a_base_model_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
+    base = BaseModel.open(base_folder)
+    bank = build_bank(BaseIdentity("tiny", base.fingerprint), bench.adapters)
+    engine = TransformersEngine.from_base(base, bank, SMALL)
     assert engine.dtype == torch.float32
     assert engine.device == torch.device("cpu")
     assert (engine.context_length, engine.vocabulary_size) == (512, 384)
@@ -160,14 +163,9 @@ def test_a_folder_is_loaded_as_it_is(base_folder: Path, bench: Bench) -> None:
     engine.close()
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path, bench: Bench) -> None:
-    with pytest.raises(BaseModelError):
-        TransformersEngine.from_folder(tmp_path, bench.bank, SMALL)
-
-
-def test_a_folder_with_another_model_is_refused(base_folder: Path, bench: Bench) -> None:
+def test_another_base_model_than_the_banks_is_refused(base_folder: Path, bench: Bench) -> None:
     with pytest.raises(BankError, match="another base model"):
-        TransformersEngine.from_folder(base_folder, bench.bank, SMALL)
+        TransformersEngine.from_base(BaseModel.open(base_folder), bench.bank, SMALL)
 
 
 def test_a_process_that_forgets_to_close_still_ends(base_folder: Path) -> None:

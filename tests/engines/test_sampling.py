@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dynmerge.engines.engine import Sampling, Token
 from dynmerge.engines.transformers.sampling import Draw, nucleus, sample
+from dynmerge.errors import RequestError
 
 VOCABULARY = 40
 GREEDY = Sampling(max_tokens=9, temperature=0.0)
@@ -138,5 +139,14 @@ def test_a_row_that_fails_harms_no_other(logits: Tensor) -> None:
     none_left = replace(GREEDY, allowed_token_ids=(5,), bad_words=((5,),))
     broken, stuck, fine = sample([draw(GREEDY), draw(none_left), draw(GREEDY)], rows)
     assert isinstance(broken, RuntimeError)
-    assert isinstance(stuck, RuntimeError)
+    assert isinstance(stuck, RequestError)
+    assert "allowed_token_ids and bad_words" in str(stuck)
     assert fine == Token(order(logits)[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_overflows_is_an_error_and_never_a_token(logits: Tensor, temperature: float) -> None:
+    wild = replace(GREEDY, repetition_penalty=1e-38, temperature=temperature)
+    seen = tuple(range(VOCABULARY))
+    (failed,) = sample([draw(wild, prompt=seen)], logits[None])
+    assert isinstance(failed, RequestError)

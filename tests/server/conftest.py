@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
 from dynmerge_server.config import ServerConfig
-from dynmerge_server.listener import make_server
+from dynmerge_server.listener import listen, make_server
 from tests.bank_factory import random_bank
 from tests.conftest import tiny_tokenizer
 from tests.server.echo_engine import EchoEngine
@@ -71,7 +71,8 @@ def served(app: Starlette, config: ServerConfig) -> Iterator[str]:
         ready.set()
 
     server = make_server(app, config, listening)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    sockets = listen(config.host, config.port)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
     try:
         assert ready.wait(20)

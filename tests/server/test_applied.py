@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from dynmerge_server.openai.requests import ChatRequest
 from tests.server.asking import CHAT, chat, stream
 
 HEADER = "X-Dynmerge-Preference"
@@ -23,8 +24,9 @@ async def test_what_was_applied_fed_back_names_the_same_merge(
     by_header = await chat(
         client, {HEADER: applied, "X-Dynmerge-Method": first.headers["x-dynmerge-method"]}
     )
-    again = {"preference": block["preference"], "method": block["method"]}
-    by_body = await chat(client, **again, normalize=not block["raw"])
+    own = [name for name in block if name in ChatRequest.model_fields]
+    assert set(own) == {"preference", "normalize", "method"}
+    by_body = await chat(client, **{name: block[name] for name in own})
     by_text = await chat(client, preference=block["text"], method=block["method"])
     for reply in (by_header, by_body, by_text):
         assert reply["dynmerge"]["merge_id"] == first.headers["x-dynmerge-merge-id"]
@@ -54,7 +56,7 @@ async def test_the_reply_headers(client: httpx.AsyncClient) -> None:
     assert second["cache-status"] == "dynmerge; hit"
     assert base["cache-status"] == "dynmerge; fwd=bypass"
     assert first["x-dynmerge-applied"] == "ada=0.5, bob=0.5;source=header"
-    assert first["x-dynmerge-method"] == "linear;scale=1"
+    assert first["x-dynmerge-method"] == "linear;p=1;scale=1"
     assert first["x-dynmerge-merge-id"] == second["x-dynmerge-merge-id"]
     assert {part.split(";")[0] for part in first["server-timing"].split(", ")} == {
         "queue",

@@ -17,6 +17,20 @@ async def test_models_are_the_base_then_skills_then_presets(client: httpx.AsyncC
     assert all(card["object"] == "model" and card["root"] for card in data)
 
 
+async def test_one_model_is_its_card(client: httpx.AsyncClient) -> None:
+    for card in (await client.get("/v1/models")).json()["data"]:
+        assert (await client.get(f"/v1/models/{card['id']}")).json() == card
+    mixed = (await client.get("/v1/models/random@ada=0.5, bob=0.5")).json()
+    assert (mixed["id"], mixed["parent"]) == ("random@ada=0.5, bob=0.5", "random")
+    reply = await client.get("/v1/models/org/none")
+    assert reply.status_code == 404
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == (404, "model")
+    assert error["reason"] == "model_not_found"
+    assert "org/none" in error["message"]
+    assert (await client.get("/v1/models/random@eve=1")).status_code == 400
+
+
 async def test_presets_and_merges_are_listed(client: httpx.AsyncClient) -> None:
     presets = (await client.get("/v1/preferences/presets")).json()["data"]
     assert {preset["id"]: preset["text"] for preset in presets} == {

@@ -1,9 +1,19 @@
+import threading
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.server.asking import CHAT, chat, events, refused, stream, text_of
+from tests.server.asking import (
+    CHAT,
+    CHAT_PATH,
+    COMPLETION_PATH,
+    chat,
+    events,
+    refused,
+    stream,
+    text_of,
+)
 from tests.server.echo_engine import CONTEXT, EchoEngine
 
 
@@ -242,3 +252,54 @@ async def test_a_failure_is_an_error_without_secrets(
     assert engine.running == 0
     assert (await client.get("/load")).json() == {"server_load": 0}
     assert "secret" in caplog.text  # the log is where it belongs
+
+
+async def test_a_text_too_large_to_tokenise_is_refused_though_it_would_be_cut(
+    client: httpx.AsyncClient,
+) -> None:
+    long = [{"role": "user", "content": "hello " * 200_000}]
+    for path, body in (
+        (CHAT_PATH, {"messages": long, "truncate_prompt_tokens": 20}),
+        (COMPLETION_PATH, {"prompt": "hello " * 200_000, "truncate_prompt_tokens": 20}),
+        ("/tokenize", {"prompt": "hello " * 200_000}),
+        ("/tokenize", {"messages": long}),
+    ):
+        reply = await client.post(path, json=body)
+        assert reply.status_code == 400
+        assert "bytes, of which at most 1048576 are read" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("strings", [True, False])
+async def test_token_strings_are_made_off_the_loop_and_only_on_demand(
+    client: httpx.AsyncClient,
+    engine: EchoEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    strings: bool,
+) -> None:
+    threads = []
+    convert = engine.tokenizer.convert_ids_to_tokens
+
+    def noted(ids: list[int]) -> list[str]:
+        threads.append(threading.current_thread().name)
+        return convert(ids)
+
+    monkeypatch.setattr(engine.tokenizer, "convert_ids_to_tokens", noted)
+    reply = await client.post("/tokenize", json={"prompt": "hi", "return_token_strs": strings})
+    assert (reply.json()["token_strs"] is not None) is strings
+    assert [name.startswith("dynmerge-prompts") for name in threads] == [True] * strings
+
+
+async def test_bad_words_are_tokenised_off_the_loop(
+    client: httpx.AsyncClient, engine: EchoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    encode = engine.tokenizer.encode
+
+    def noted(text: str, **options: bool) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return encode(text, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(engine.tokenizer, "encode", noted)
+    await chat(client, bad_words=["skill"])
+    assert len(threads) == 3
+    assert all(name.startswith("dynmerge-prompts") for name in threads)

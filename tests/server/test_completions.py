@@ -129,3 +129,20 @@ async def test_invocations_take_either_body(client: httpx.AsyncClient) -> None:
     ):
         assert (await client.post("/invocations", json=body)).json()["object"] == kind
     assert (await client.post("/invocations", json={"x": 1})).status_code == 400
+
+
+async def test_a_streams_first_choice_brings_its_prompt(client: httpx.AsyncClient) -> None:
+    prompts = ["hello", "good day"]
+    for more in ({}, {"echo": True}, {"echo": True, "max_tokens": 0}):
+        asked = {"prompt": prompts, "n": 2, "return_token_ids": True, **more}
+        whole = await complete(client, **asked)
+        seen: set[int] = set()
+        for chunk in await stream(client, "/v1/completions", **asked):
+            for choice in chunk["choices"]:
+                index = choice["index"]
+                expected = whole["choices"][index]["prompt_token_ids"]
+                assert choice.get("prompt_token_ids") == (None if index in seen else expected)
+                seen.add(index)
+        assert seen == {0, 1, 2, 3}
+    plain = await stream(client, "/v1/completions")
+    assert not any("prompt_token_ids" in choice for chunk in plain for choice in chunk["choices"])

@@ -120,6 +120,19 @@ async def test_defaults_are_vllms(client: httpx.AsyncClient, engine: EchoEngine)
         ({"bad_words": [""]}, "bad_words"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids"),
         ({"temperature": "hot"}, "temperature"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be in [1e-06, 1e+06]"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty must be in [1e-06, 1e+06]"),
+        ({"structured_outputs": {"choice": ["a"] * 100_000}}, "at most 10000 strings"),
+        ({"structured_outputs": {"choice": ["a" * 999] * 999}}, "at most 131072 characters"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$comment": "x" * 200_000}},
+                }
+            },
+            "response_format takes a grammar of at most",
+        ),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"logit_bias": {"1.5": 1}}, "1.5"),
         ({"logit_bias": {"9" * 30: 1}}, "logit_bias"),

@@ -12,6 +12,7 @@ from contextlib import closing
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from dynmerge.merging import cache as merge_cache
@@ -32,14 +33,20 @@ def soon(condition: Callable[[], bool], seconds: float = 1.0) -> bool:
     return condition()
 
 
-def leave_after(url: str, more: dict[str, object], started: Callable[[], bool]) -> None:
-    """Send a request, wait until it is under way, and close the socket."""
+def asking(url: str, more: dict[str, object]) -> socket.socket:
+    """A connection on which a request has been sent."""
     where = urlsplit(url)
     assert where.hostname is not None
     body = json.dumps({**CHAT, "preference": {"ada": 1}, **more}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    with closing(socket.create_connection((where.hostname, where.port or 80), 5)) as sock:
-        sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+    sock = socket.create_connection((where.hostname, where.port or 80), 5)
+    sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+    return sock
+
+
+def leave_after(url: str, more: dict[str, object], started: Callable[[], bool]) -> None:
+    """Send a request, wait until it is under way, and close the socket."""
+    with closing(asking(url, more)):
         assert soon(started, 5)
 
 
@@ -94,19 +101,29 @@ def test_a_client_that_leaves_while_its_merge_is_made(
     assert not engine.running
 
 
-def test_a_reader_that_stops_reading_is_given_up(runtime: Runtime, engine: EchoEngine) -> None:
+def established(sock: socket.socket) -> bool:
+    """Whether the server still holds its end of a connection."""
+    ends = psutil.Process().net_connections("tcp4")
+    here = sock.getsockname()
+    return any(end.raddr == here and end.status == psutil.CONN_ESTABLISHED for end in ends)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reader_that_stops_reading_is_given_up(
+    stream: bool, runtime: Runtime, engine: EchoEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = ServerConfig(port=0, limits=Limits(send_seconds=0.5))
     app = create_app(runtime, config)
     engine.chatter = 400_000  # bytes in each chunk: more than the sockets' buffers hold
-    with served(app, config) as url:
-        where = urlsplit(url)
-        assert where.hostname is not None
-        body = json.dumps({**CHAT, "stream": True, "max_tokens": 60}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        with closing(socket.create_connection((where.hostname, where.port or 80), 5)) as sock:
-            sock.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-            assert soon(lambda: bool(engine.seen), 5)
-            assert soon(idle(engine, runtime, url), 5)
+    with (
+        served(app, config) as url,
+        closing(asking(url, {"stream": stream, "max_tokens": 60})) as sock,
+    ):
+        assert soon(lambda: bool(engine.seen), 5)
+        assert established(sock)
+        assert soon(idle(engine, runtime, url), 5)
+        assert soon(lambda: not established(sock), 5)
+    assert capsys.readouterr().err == ""
     app.state.serving.prompts.close()
 
 

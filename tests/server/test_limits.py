@@ -132,6 +132,17 @@ def test_what_is_not_http_gets_an_answer_in_the_error_form(small: str) -> None:
     assert status(talk(small, closing_request())) == 200
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_rest_not_read(small: str) -> None:
+    both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for headers in (both, both.replace(b"Content-Length: 5\r\n", b"Content-Length: 0\r\n")):
+        said = talk(
+            small, HEAD + headers + b"0\r\n\r\n" + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
+        assert status(said) == 400
+        assert said.count(b"HTTP/1.1") == 1
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
+
+
 def test_idle_connections_neither_block_nor_stay(small: str) -> None:
     where = urlsplit(small)
     assert where.hostname is not None

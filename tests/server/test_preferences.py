@@ -89,16 +89,16 @@ def test_the_method_has_the_same_precedence_of_its_own(
     resolve = resolver(runtime, config).resolve
     headers = Headers({"X-Dynmerge-Method": "linear;scale=0.5"})
     recipe, source = resolve(headers, Wish({"ada": 1}, method="linear;scale=2"), None)
-    assert (str(recipe.method), source) == ("linear;scale=0.5", "body")
+    assert (str(recipe.method), source) == ("linear;p=1;scale=0.5", "body")
     recipe, _ = resolve(Headers(), Wish(xargs={"method": "linear;scale=2"}), None)
-    assert str(recipe.method) == "linear;scale=2"
+    assert str(recipe.method) == "linear;p=1;scale=2"
 
 
 def test_the_servers_defaults_serve_where_nobody_chose(runtime: Runtime) -> None:
     config = ServerConfig(default_preference="bob=0.25, ada=0.75", default_method="linear;scale=3")
     recipe, source = resolver(runtime, config).resolve(Headers(), Wish(), None)
     assert (str(recipe.preference), source) == ("ada=0.75, bob=0.25", "default")
-    assert str(recipe.method) == "linear;scale=3"
+    assert str(recipe.method) == "linear;p=1;scale=3"
     for wrong in ({"default_preference": "nobody=1"}, {"default_method": "magic"}):
         with pytest.raises(ConfigError, match=r"nobody|magic"):
             resolver(runtime, ServerConfig(**wrong))

@@ -17,13 +17,16 @@ import httpx
 import openai
 import pytest
 
+from dynmerge.adapters import base_model
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.bank.storage import save_bank
+from dynmerge.cli import main
 from dynmerge.errors import BankError, BaseModelError
 from dynmerge_server.config import SamplingDefaults, ServerConfig
+from dynmerge_server.listener import close_all, listen
 from dynmerge_server.main import open_runtime, sampling_of
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +204,32 @@ def test_a_foreign_base_model_is_refused(
         open_runtime(tmp_path / "none", ServerConfig())
 
 
+def test_the_base_model_is_opened_once(bank_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def counting(folder: Path) -> str:
+        opened.append(folder)
+        return fingerprint(folder)
+
+    fingerprint = base_model.fingerprint
+    monkeypatch.setattr(base_model, "fingerprint", counting)
+    runtime, _ = open_runtime(bank_folder, ServerConfig())
+    runtime.close()
+    assert len(opened) == 1
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = listen("127.0.0.1", 0)
+    port = taken[0].getsockname()[1]
+    with pytest.raises(SystemExit) as end:
+        main(["serve", str(tmp_path / "no bank"), "--port", str(port)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: 127.0.0.1:{port} is in use\n"
+    close_all(taken)
+
+
 def test_the_models_own_sampling_is_the_default(tmp_path: Path) -> None:
     assert sampling_of(tmp_path) == SamplingDefaults()
     file = tmp_path / "generation_config.json"
@@ -208,6 +237,9 @@ def test_the_models_own_sampling_is_the_default(tmp_path: Path) -> None:
     assert sampling_of(tmp_path) == SamplingDefaults(temperature=0.6)
     file.write_text('{"temperature": "warm"}')
     with pytest.raises(BaseModelError, match="generation_config"):
+        sampling_of(tmp_path)
+    file.write_text('{"top_p": 1.5}')
+    with pytest.raises(BaseModelError, match=r"generation_config.json: top_p: .* equal to 1$"):
         sampling_of(tmp_path)
 
 
@@ -245,5 +277,6 @@ def test_the_end(served: Served) -> None:
     assert time.monotonic() - started < 5
     threads[0].join(10)
     assert cut == [True]
+    assert "Traceback" not in served.stderr.read_text()
     assert served.process.stdout is not None
     assert served.process.stdout.read() == ""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import chain
 
-from dynmerge.engines.engine import Generation
+from dynmerge.engines.engine import Generation, Sampling
 from dynmerge.errors import PromptTooLong, RequestError
 
 
@@ -51,3 +51,19 @@ def check_tokens(generation: Generation, vocabulary: int) -> None:
         raise RequestError("bad_words: a bad word holds at least one token", "bad_words")
     if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
         raise RequestError("allowed_token_ids allows no token", "allowed_token_ids")
+
+
+def check_choice(sampling: Sampling, stop: frozenset[int]) -> None:
+    """Raise RequestError where none of the allowed token ids may be the first."""
+    if sampling.allowed_token_ids is None:
+        return
+    banned = {word[0] for word in sampling.bad_words if len(word) == 1}
+    left = set(sampling.allowed_token_ids) - banned
+    if not left:
+        raise RequestError("bad_words bans every one of allowed_token_ids", "allowed_token_ids")
+    if sampling.min_tokens and left <= stop:
+        raise RequestError(
+            f"min_tokens of {sampling.min_tokens} needs a token in allowed_token_ids that does not "
+            "end the answer",
+            "allowed_token_ids",
+        )

@@ -125,12 +125,12 @@ class Router(OutputRouter):
 
     def _news(self, request: Request, output: GenerationOutput) -> News:
         tokens, request.pending = tuple(request.pending), []
-        if request.failed or output.error is not None:
-            return News((), "error")
+        if request.failure is not None or output.error is not None:
+            return request.failed()
         drawn, taken = [token.id for token in tokens], output.generated_tokens[-1:]
         if len(drawn) != 1 or drawn != taken:
             self._fail(request, RuntimeError(f"drew {drawn}, but the batch went on with {taken}"))
-            return News((), "error")
+            return request.failed()
         return News(tokens, request.finish_reason(tokens[0]))
 
 
@@ -257,8 +257,7 @@ class ContinuousWorker:
 
     def _fail(self, request: Request, reason: Exception) -> None:
         """Take one request out of the batch for a fault of its own."""
-        logging.getLogger(__name__).warning("request %s failed: %s", request.id, reason)
-        request.failed = True
+        request.fail(reason)
         if self._manager is not None:
             self._manager.cancel_request(request.id)
 

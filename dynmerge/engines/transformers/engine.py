@@ -9,7 +9,6 @@ import atexit
 import threading
 import weakref
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.storage import check_base
-from dynmerge.engines.engine import Chunk, Generation, Load, Token
+from dynmerge.engines.engine import Chunk, Generation, Load, Sampling, Token
 from dynmerge.engines.text import Detokenizer, StopStrings
-from dynmerge.engines.transformers.admission import check_fits, check_tokens
+from dynmerge.engines.transformers.admission import check_choice, check_fits, check_tokens
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.grammar import Grammars
 from dynmerge.engines.transformers.layers import Layers, digest_of
@@ -59,16 +58,16 @@ class TransformersEngine:
         atexit.register(_close, weakref.ref(self))
 
     @classmethod
-    def from_folder(
-        cls, base_folder: Path, bank: FactorBank, config: EngineConfig | None = None
+    def from_base(
+        cls, base: BaseModel, bank: FactorBank, config: EngineConfig | None = None
     ) -> "TransformersEngine":
-        """Load the base model of `bank` from a local folder and start serving.
+        """Load the base model of `bank` and start serving.
 
-        Raises BaseModelError for a folder that cannot be served and BankError for another model.
+        Raises BaseModelError for a model that cannot be served and BankError for another one.
         """
         config = config or EngineConfig()
-        check_base(bank, BaseModel.open(base_folder).fingerprint)
-        return cls(load_base_model(base_folder, config), bank, config)
+        check_base(bank, base.fingerprint)
+        return cls(load_base_model(base.folder, config), bank, config)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,16 +104,20 @@ class TransformersEngine:
     async def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
         """Queue and stream one sequence; the first step may raise Overloaded or EngineDead.
 
+        Any step may raise RequestError, when its sampling comes to allow no token.
         Closing the iterator cancels the request and frees its blocks.
         """
         self._check_runnable(generation)
         self._check_room()
-        request = self._request(generation)
+        request = await self._request(generation)
         answer = _Answer(self.tokenizer, request)
         await self._submit(request)
         try:
             while True:
-                chunk = answer.push(await request.news())
+                news = await request.news()
+                if news.refusal is not None:
+                    raise news.refusal
+                chunk = answer.push(news)
                 if chunk.finish_reason not in ("error", "abort"):
                     self._fruitless = 0
                 if chunk.finish_reason is not None:
@@ -148,6 +151,7 @@ class TransformersEngine:
 
     def _check_runnable(self, generation: Generation) -> None:
         check_tokens(generation, self.vocabulary_size)
+        check_choice(generation.sampling, self._stop(generation.sampling))
         check_fits(generation, self._context)
         merge = generation.merge
         if digest_of(merge) and merge is not None and merge.recipe.bank != self._bank:
@@ -157,12 +161,17 @@ class TransformersEngine:
         if self._worker.load().waiting >= self._config.max_queue:
             raise Overloaded(f"{self._config.max_queue} requests are waiting already")
 
-    def _request(self, generation: Generation) -> Request:
-        sampling = generation.sampling
+    def _stop(self, sampling: Sampling) -> frozenset[int]:
         eos = frozenset[int]() if sampling.ignore_eos else self._eos
-        stop = eos | frozenset(sampling.stop_token_ids)
-        grammar = sampling.grammar
-        matcher = None if grammar is None else self._grammars.matcher(grammar)
+        return eos | frozenset(sampling.stop_token_ids)
+
+    async def _request(self, generation: Generation) -> Request:
+        sampling = generation.sampling
+        stop, grammar = self._stop(sampling), sampling.grammar
+        # `check` has compiled it, but it may have been forgotten since.
+        matcher = None
+        if grammar is not None:
+            matcher = await asyncio.to_thread(self._grammars.matcher, grammar)
         return Request(generation, stop, Draw(sampling, generation.prompt, stop, matcher))
 
     async def _submit(self, request: Request) -> None:

@@ -1,5 +1,7 @@
 """Grammars: which tokens may come next, by llguidance. Knows no batches and no sampling."""
 
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from dynmerge.engines.engine import Grammar
 from dynmerge.errors import RequestError
 
 PARAM = "structured_outputs"
+MAX_LINES, MAX_LINE = 6, 200  # of a reason that is told
+KEPT = 16  # compiled grammars: each answer of a request is matched by a copy of one
 
 
 class Matcher:
@@ -22,15 +26,24 @@ class Matcher:
         self._vocabulary = vocabulary
 
     def allowed(self) -> Tensor:
-        """(vocabulary,) bool on the CPU: the tokens that may come next; at its end, only eos."""
+        """(vocabulary,) bool on the CPU: the tokens that may come next; at its end, only eos.
+
+        Raises RequestError where the grammar has become too complex to follow.
+        """
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():  # the mask then is that of the end
+            raise RequestError(f"the grammar stopped: {_reason(self._matcher.get_error())}", PARAM)
         bits = packed[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)) & 1
         return bits.flatten()[: self._vocabulary].bool()
 
     def accept(self, token: int) -> None:
-        """Move on by one token. Raises RuntimeError when the grammar does not take it."""
+        """Move on by one allowed token. Raises RequestError as `allowed` does."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar stopped: {self._matcher.get_error()}")
+            raise RequestError(f"the grammar stopped: {_reason(self._matcher.get_error())}", PARAM)
+
+    def copy(self) -> "Matcher":
+        """Another one, standing at the same place."""
+        return Matcher(self._matcher.deep_copy(), self._vocabulary)
 
 
 class Grammars:
@@ -43,21 +56,25 @@ class Grammars:
         self._vocabulary = vocabulary
         self._eos = eos
         self._table: LLTokenizer | None = None
+        self._compiled = lru_cache(KEPT)(self._compile)
 
     def check(self, grammar: Grammar) -> None:
-        """Raise RequestError for a grammar that does not compile."""
-        problem = LLMatcher.validate_grammar(_source(grammar), self._tokens())
-        if problem:
-            raise RequestError(f"this {grammar.kind} grammar is not usable: {problem}", PARAM)
+        """Raise RequestError for a grammar that does not compile, or is too complex to begin."""
+        self._compiled(grammar)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the start of `grammar`. Raises RequestError where `check` would."""
-        matcher = LLMatcher(self._tokens(), _source(grammar))
-        if matcher.is_error():
-            raise RequestError(
-                f"this {grammar.kind} grammar is not usable: {matcher.get_error()}", PARAM
-            )
-        return Matcher(matcher, self._vocabulary)
+        return self._compiled(grammar).copy()
+
+    def _compile(self, grammar: Grammar) -> Matcher:
+        # Not a word on stderr, which would have the grammar in it.
+        compiled = LLMatcher(self._tokens(), _source(grammar), log_level=0)
+        if not compiled.is_error():
+            compiled.compute_bitmask()  # the first reaches limits that compiling does not
+        if compiled.is_error():
+            reason = _reason(compiled.get_error())
+            raise RequestError(f"this {grammar.kind} grammar is not usable: {reason}", PARAM)
+        return Matcher(compiled, self._vocabulary)
 
     def _tokens(self) -> Any:
         if self._table is None:
@@ -72,6 +89,12 @@ class Grammars:
                     f"this model's tokenizer cannot be constrained: {reason}", PARAM
                 ) from reason
         return self._table
+
+
+def _reason(problem: str) -> str:
+    """What the caller can use of llguidance's report: no dump of its state, no endless line."""
+    lines = takewhile(lambda line: not line.lstrip().startswith("<"), problem.splitlines())
+    return "\n".join(line[:MAX_LINE] for line in list(lines)[:MAX_LINES])
 
 
 def _source(grammar: Grammar) -> str:

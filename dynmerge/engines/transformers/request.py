@@ -1,6 +1,7 @@
 """Request: one generation in the engine. The worker thread writes, an event loop reads."""
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from itertools import count
 from dynmerge.engines.engine import FinishReason, Generation, Token
 from dynmerge.engines.transformers.layers import digest_of
 from dynmerge.engines.transformers.sampling import Draw
+from dynmerge.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 _numbers = count()
 
@@ -19,6 +23,7 @@ class News:
 
     tokens: tuple[Token, ...]
     reason: FinishReason | None = None
+    refusal: RequestError | None = None  # why it ended in an error, where the caller can mend it
 
 
 class Request:
@@ -32,7 +37,7 @@ class Request:
         self.stop = stop  # token ids that end it
         self.draw = draw
         self.started = False  # whether it was ever in a batch
-        self.failed = False  # a failure of its own, not of the engine
+        self.failure: Exception | None = None  # of its own, not of the engine
         self.cancelled = False
         self.pending: list[Token] = []  # drawn in this step, not yet posted
         self._loop = asyncio.get_running_loop()
@@ -42,6 +47,18 @@ class Request:
     def __deepcopy__(self, memo: object) -> "Request":
         """Itself: the batch processor copies a request's arguments when it preempts it."""
         return self
+
+    def fail(self, reason: Exception) -> News:
+        """The end of a request that failed by itself. Logged, but not what the caller wrote."""
+        told = type(reason).__name__ if isinstance(reason, RequestError) else reason
+        logger.warning("request %s failed: %s", self.id, told)
+        self.failure = reason
+        return self.failed()
+
+    def failed(self) -> News:
+        """The news of a failure."""
+        refused = self.failure if isinstance(self.failure, RequestError) else None
+        return News((), "error", refused)
 
     async def news(self) -> News:
         """The next step's outcome."""

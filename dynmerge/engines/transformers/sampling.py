@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynmerge.engines.engine import Sampling, Token
 from dynmerge.engines.transformers.grammar import Matcher
+from dynmerge.errors import RequestError
 
 GREEDY_BELOW = 1e-5
 NUCLEUS = 1024  # most likely tokens to look for a nucleus among before all are sorted
@@ -52,12 +53,17 @@ class Draw:
         )
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, given logits (vocabulary,) float32 which this may write to."""
+        """The next token, given logits (vocabulary,) float32 which this may write to.
+
+        Raises RequestError when what the request asked for leaves no token to draw.
+        """
         logits = self._penalised(self._masked(logits))
-        token = int(logits.argmax()) if self._greedy else self._sample(logits)
-        if logits[token] == -torch.inf:
-            raise RuntimeError("no token is allowed here")
-        return token
+        best = float(logits.max())
+        if best == -torch.inf:
+            raise self._nothing_left()
+        if not best < torch.inf:
+            raise RequestError("the penalties are too large for this model's logits")
+        return int(logits.argmax()) if self._greedy else self._sample(logits)
 
     def accept(self, token: int) -> None:
         """Take note of the token that was chosen."""
@@ -68,6 +74,17 @@ class Draw:
             self._seen[token] = True
         if self._matcher is not None and token not in self._stop:
             self._matcher.accept(token)
+
+    def _nothing_left(self) -> RequestError:
+        sampling, count = self._sampling, len(self.generated)
+        limits = {
+            "structured_outputs": self._matcher is not None,
+            "allowed_token_ids": sampling.allowed_token_ids is not None,
+            "bad_words": bool(sampling.bad_words),
+            "min_tokens": count < sampling.min_tokens,
+        }
+        named = [name for name, limiting in limits.items() if limiting]
+        return RequestError(f"after {count} tokens, {' and '.join(named)} allow no other", named[0])
 
     def _masked(self, logits: Tensor) -> Tensor:
         sampling = self._sampling

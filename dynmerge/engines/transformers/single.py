@@ -1,6 +1,5 @@
 """One request at a time: the plain loop over `model()`, for what continuous batching refuses."""
 
-import logging
 import queue
 import threading
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dynmerge.engines.engine import FinishReason, Load, Token
+from dynmerge.engines.engine import FinishReason, Load
 from dynmerge.engines.transformers.layers import Layers
 from dynmerge.engines.transformers.request import News, Request
 from dynmerge.engines.transformers.sampling import sample
@@ -80,8 +79,7 @@ class SingleWorker:
             try:
                 self._answer(request)
             except Exception as error:  # one bad request must not end the thread for all others
-                logging.getLogger(__name__).warning("request %s failed: %s", request.id, error)
-                self._report(request, (), "error")
+                self._report(request, request.fail(error))
             finally:
                 self._layers.clear()
 
@@ -95,7 +93,7 @@ class SingleWorker:
             if isinstance(outcome, Exception):
                 raise outcome
             reason = request.finish_reason(outcome)
-            self._report(request, (outcome,), reason)
+            self._report(request, News((outcome,), reason))
             tokens = [outcome.id]
 
     def _forward(self, request: Request, tokens: list[int], past: Any) -> tuple[torch.Tensor, Any]:
@@ -105,12 +103,10 @@ class SingleWorker:
         output = self._model(input_ids=ids, past_key_values=past, use_cache=True, **self._extra)
         return output.logits[:, -1].float(), output.past_key_values
 
-    def _report(
-        self, request: Request, tokens: tuple[Token, ...], reason: FinishReason | None
-    ) -> None:
+    def _report(self, request: Request, news: News) -> None:
         if request.cancelled:
             return
-        if reason is not None:
+        if news.reason is not None:
             self._requests.pop(request.id, None)
-        if Request.post([(request, News(tokens, reason))]):
+        if Request.post([(request, news)]):
             self.cancel(request)

@@ -70,12 +70,16 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the endpoints differ in: how ids begin, limits, and where prompts come from."""
+    """What the endpoints differ in: how ids begin, limits, where prompts come from, and what is
+    repeated of them.
+    """
 
     kind: str
     max_tokens: int | None
     logprobs: int | None
     prompts: Callable[[], Awaitable[Sequence[Prompt]]]
+    echo: Callable[[Sequence[Prompt]], Sequence[str]] | None = None
+    prompt_text: bool = False
 
 
 async def ask(
@@ -86,13 +90,15 @@ async def ask(
     name = f"{terms.kind}-{_request_id(headers, request.request_id)}"
     n = check_n(request.n, serving.config.limits.n)
     check_stream_options(request)
-    common = sampling(
-        request,
-        terms.max_tokens,
-        terms.logprobs,
-        defaults=serving.config.sampling,
-        tokenizer=serving.prompts.tokenizer,
-        vocabulary=serving.runtime.engine.vocabulary_size,
+    common = await serving.prompts.off_loop(
+        lambda: sampling(
+            request,
+            terms.max_tokens,
+            terms.logprobs,
+            defaults=serving.config.sampling,
+            tokenizer=serving.prompts.tokenizer,
+            vocabulary=serving.runtime.engine.vocabulary_size,
+        )
     )
     prompts = await terms.prompts()
     fitted = [serving.prompts.fit(prompt, common, terms.max_tokens) for prompt in prompts]
@@ -107,11 +113,13 @@ async def ask(
         prompts=tuple(prompts),
         samplings=tuple(fitted),
         n=n,
+        prefix=tuple(terms.echo(prompts)) if terms.echo else (),
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
         return_token_ids=bool(request.return_token_ids),
         as_ids=bool(request.return_tokens_as_token_ids),
+        prompt_text=terms.prompt_text,
     )
     await serving.prompts.off_loop(lambda: _check(serving.runtime.engine, asked))
     if terms.logprobs is not None:

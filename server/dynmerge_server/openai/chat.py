@@ -2,24 +2,23 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dynmerge_server.json_body import read_object, validate
-from dynmerge_server.openai.asked import Asked, Terms, ask
+from dynmerge_server.json_body import read_object
+from dynmerge_server.openai.asked import Asked, Terms
 from dynmerge_server.openai.dialect import Answer
-from dynmerge_server.openai.fields import check_fields
 from dynmerge_server.openai.logprobs import Entry, Pieces, chat_shape
 from dynmerge_server.openai.prompts import Prompt
-from dynmerge_server.openai.replies import answer
+from dynmerge_server.openai.replies import Endpoint, respond
 from dynmerge_server.openai.requests import ChatRequest
 from dynmerge_server.openai.run import Update
 from dynmerge_server.openai.sampling import chat_logprobs, chat_max_tokens
 from dynmerge_server.openai.templates import Conversation
-from dynmerge_server.state import Serving, serving
+from dynmerge_server.state import Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +80,26 @@ async def chat_completions(request: Request) -> Response:
 
 async def chat(request: Request, body: dict[str, Any], arrived: float) -> Response:
     """Answer a conversation whose body has been read."""
-    parts = serving(request)
-    wanted = validate(ChatRequest, body)
-    check_fields(body, ChatRequest.model_fields)
+    return await respond(request, body, arrived, CHAT)
+
+
+def _terms(parts: Serving, wanted: ChatRequest) -> Terms:
     conversation = Conversation.of(wanted)
-    asked = await ask(parts, request.headers, wanted, _terms(parts, wanted, conversation), arrived)
-    prefix = (conversation.last_answer,) if wanted.echo else ()
-    asked = replace(asked, prefix=prefix, prompt_text=bool(wanted.return_prompt_text))
-    return await answer(request, asked, ChatDialect(parts.pieces))
 
-
-def _terms(parts: Serving, wanted: ChatRequest, conversation: Conversation) -> Terms:
     async def prompts() -> list[Prompt]:
         return [await parts.prompts.chat(wanted, conversation)]
 
-    max_tokens = chat_max_tokens(wanted, parts.prompts.context)
-    return Terms("chatcmpl", max_tokens, chat_logprobs(wanted), prompts)
+    return Terms(
+        "chatcmpl",
+        chat_max_tokens(wanted, parts.prompts.context),
+        chat_logprobs(wanted),
+        prompts,
+        (lambda _prompts: [conversation.last_answer]) if wanted.echo else None,
+        bool(wanted.return_prompt_text),
+    )
+
+
+CHAT = Endpoint(ChatRequest, _terms, ChatDialect)
 
 
 def _choice(index: int, name: str, content: dict[str, Any]) -> dict[str, Any]:

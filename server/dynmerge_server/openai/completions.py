@@ -2,22 +2,22 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dynmerge_server.json_body import read_object, validate
-from dynmerge_server.openai.asked import Asked, Terms, ask
+from dynmerge_server.json_body import read_object
+from dynmerge_server.openai.asked import Asked, Terms
 from dynmerge_server.openai.dialect import Answer
-from dynmerge_server.openai.fields import check_fields
 from dynmerge_server.openai.logprobs import Entry, Pieces, completion_shape
-from dynmerge_server.openai.replies import answer
+from dynmerge_server.openai.prompts import Prompt
+from dynmerge_server.openai.replies import Endpoint, respond
 from dynmerge_server.openai.requests import CompletionRequest
 from dynmerge_server.openai.run import Update
 from dynmerge_server.openai.sampling import completion_logprobs, completion_max_tokens
-from dynmerge_server.state import serving
+from dynmerge_server.state import Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,14 @@ class CompletionDialect:
         return None
 
     def delta(self, asked: Asked, update: Update) -> dict[str, Any]:
-        """The new text."""
-        return self._choice(asked, update, list(update.token_ids))
+        """The new text; in vLLM's way the first one of a sequence brings its prompt."""
+        choice = self._choice(asked, update, list(update.token_ids))
+        return {**choice, **self._prompt(asked, update)} if update.first else choice
 
     def choice(self, asked: Asked, answer: Answer) -> dict[str, Any]:
         """The whole text."""
         choice = self._choice(asked, answer, answer.token_ids)
-        choice["prompt_logprobs"] = None
-        if asked.return_token_ids:
-            choice["prompt_token_ids"] = list(asked.prompt(answer.index).ids)
-        return choice
+        return {**choice, "prompt_logprobs": None, **self._prompt(asked, answer)}
 
     def extra(self, _asked: Asked) -> dict[str, Any]:
         """Nothing: what is asked for stands in the choices."""
@@ -58,6 +56,10 @@ class CompletionDialect:
         }
         return {**choice, "token_ids": token_ids} if asked.return_token_ids else choice
 
+    def _prompt(self, asked: Asked, news: Update | Answer) -> dict[str, Any]:
+        ids = asked.prompt(news.index).ids
+        return {"prompt_token_ids": list(ids)} if asked.return_token_ids else {}
+
     def _logprobs(self, asked: Asked, entries: Sequence[Entry] | None) -> dict[str, Any] | None:
         if entries is None:
             return None
@@ -72,17 +74,20 @@ async def completions(request: Request) -> Response:
 
 async def complete(request: Request, body: dict[str, Any], arrived: float) -> Response:
     """Continue texts whose body has been read."""
-    parts = serving(request)
-    wanted = validate(CompletionRequest, body)
-    check_fields(body, CompletionRequest.model_fields)
-    terms = Terms(
+    return await respond(request, body, arrived, COMPLETION)
+
+
+def _terms(parts: Serving, wanted: CompletionRequest) -> Terms:
+    def echo(prompts: Sequence[Prompt]) -> list[str]:
+        return [prompt.text or parts.prompts.decode(prompt.ids) for prompt in prompts]
+
+    return Terms(
         "cmpl",
         completion_max_tokens(wanted, parts.prompts.context),
         completion_logprobs(wanted),
         lambda: parts.prompts.completion(wanted),
+        echo if wanted.echo else None,
     )
-    asked = await ask(parts, request.headers, wanted, terms, arrived)
-    if wanted.echo:
-        texts = [prompt.text or parts.prompts.decode(prompt.ids) for prompt in asked.prompts]
-        asked = replace(asked, prefix=tuple(texts))
-    return await answer(request, asked, CompletionDialect(parts.pieces))
+
+
+COMPLETION = Endpoint(CompletionRequest, _terms, CompletionDialect)

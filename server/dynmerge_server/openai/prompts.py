@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,10 @@ from dynmerge_server.openai.requests import ChatRequest, CompletionRequest, Gene
 from dynmerge_server.openai.templates import Conversation, render
 
 WORKERS = 2  # tokenisers at once: the engine needs the other cores
+# A text of more bytes is not tokenised, which takes seconds and tens of bytes of memory for each:
+# this many bytes for each token of the context, far beyond what prose, code or blanks come to.
+BYTES_PER_TOKEN = 16
+LEAST_MAX_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
@@ -34,6 +39,7 @@ class Prompts:
         self.context = engine.context_length
         self._vocabulary = engine.vocabulary_size
         self._most = most
+        self._most_bytes = max(LEAST_MAX_BYTES, BYTES_PER_TOKEN * self.context)
         self._longest = longest_token(engine.tokenizer)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         normalizer = getattr(backend, "normalizer", None)
@@ -60,18 +66,22 @@ class Prompts:
     async def completion(self, request: CompletionRequest) -> list[Prompt]:
         """The prompts of a completion request. Raises RequestError or PromptTooLong."""
         given = self._listed(request.prompt)
-
-        def work() -> list[Prompt]:
-            return [self._cut(self._read(prompt, request), request) for prompt in given]
-
-        return await self.off_loop(work)
+        # One at a time: between them others get a thread.
+        return [await self.off_loop(partial(self._made, prompt, request)) for prompt in given]
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """The token ids of a text, with the special tokens the tokenizer adds if `special`."""
+        """The token ids of a text, with the special tokens the tokenizer adds if `special`.
+
+        Raises PromptTooLong for a text that is too large to be tokenised.
+        """
+        self._check_bytes(text)
         return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=special)]
 
     def render(self, conversation: Conversation, special: bool) -> list[int]:
-        """The token ids of a conversation in the model's chat template."""
+        """The token ids of a conversation in the model's chat template.
+
+        Raises RequestError where the template objects, and as `encode` does.
+        """
         return self.encode(render(self.tokenizer, conversation), special)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -107,6 +117,9 @@ class Prompts:
             raise RequestError("Each prompt must be provided and non-empty.", "prompt")
         return [item if isinstance(item, str) else tuple(item) for item in given]  # type: ignore[arg-type]
 
+    def _made(self, given: str | tuple[int, ...], request: CompletionRequest) -> Prompt:
+        return self._cut(self._read(given, request), request)
+
     def _read(self, given: str | tuple[int, ...], request: CompletionRequest) -> Prompt:
         if isinstance(given, str):
             return self._bounded(given, request.add_special_tokens, request)
@@ -114,7 +127,12 @@ class Prompts:
         return Prompt(given)
 
     def _bounded(self, text: str, special: bool, request: GenerationRequest) -> Prompt:
-        """`text` tokenised, unless its length alone says that it is too long."""
+        """`text` tokenised, unless its length alone says that it is too long.
+
+        Even what is to be cut is tokenised whole: part of a text may be other tokens than the
+        part of its tokens.
+        """
+        self._check_bytes(text)
         if request.truncate_prompt_tokens is None and self._longest is not None:
             at_least = -(-len(self._normal(text).encode()) // self._longest)
             if at_least > self.context:
@@ -138,6 +156,11 @@ class Prompts:
             )
         ids = prompt.ids[:most] if request.truncation_side == "right" else prompt.ids[-most:]
         return prompt if ids == prompt.ids else Prompt(ids)
+
+    def _check_bytes(self, text: str) -> None:
+        size = len(text.encode())
+        if size > self._most_bytes:
+            raise self._too_long(f"is {size} bytes, of which at most {self._most_bytes} are read")
 
     def _check(self, ids: Sequence[int], param: str) -> None:
         for token in ids:

@@ -4,34 +4,59 @@ meanwhile.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dynmerge_server.errors import describe, note
-from dynmerge_server.openai.asked import Asked
+from dynmerge_server.json_body import validate
+from dynmerge_server.openai.asked import Terms, ask
 from dynmerge_server.openai.dialect import Answer, Dialect, envelope
+from dynmerge_server.openai.fields import check_fields
+from dynmerge_server.openai.logprobs import Pieces
+from dynmerge_server.openai.requests import GenerationRequest
 from dynmerge_server.openai.run import Run, Update
-from dynmerge_server.state import serving
+from dynmerge_server.state import Serving, serving
 
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = "text/event-stream"
 
 Result = TypeVar("Result")
 
 
-async def answer(request: Request, asked: Asked, dialect: Dialect) -> Response:
-    """Run what was asked. All that can go wrong before the first token raises."""
-    run = Run(serving(request), asked)
+Wanted = TypeVar("Wanted", bound=GenerationRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(Generic[Wanted]):
+    """What one endpoint reads, how it understands that, and how it writes the answer."""
+
+    schema: type[Wanted]
+    terms: Callable[[Serving, Wanted], Terms]
+    dialect: Callable[[Pieces], Dialect]
+
+
+async def respond(
+    request: Request, body: dict[str, Any], arrived: float, endpoint: Endpoint[Wanted]
+) -> Response:
+    """Answer a request whose body has been read. All that can go wrong before the first token
+    raises.
+    """
+    parts = serving(request)
+    wanted = validate(endpoint.schema, body)
+    check_fields(body, endpoint.schema.model_fields)
+    asked = await ask(parts, request.headers, wanted, endpoint.terms(parts, wanted), arrived)
+    run, dialect = Run(parts, asked), endpoint.dialect(parts.pieces)
     if not asked.stream:
         return await while_connected(request, _whole(run, dialect))
     await while_connected(request, run.__aenter__())
-    seconds = serving(request).config.limits.send_seconds
-    return EventStream(_events(run, dialect), run, seconds)
+    return EventStream(_events(run, dialect), run)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -52,25 +77,19 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 class EventStream(StreamingResponse):
     """Server-sent events of a run that has begun. However it ends, the run is closed with it."""
 
-    media_type = "text/event-stream"
+    media_type = EVENT_STREAM
 
-    def __init__(self, events: AsyncGenerator[bytes, None], run: Run, send_seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], run: Run) -> None:
         headers = {**run.headers(), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers)
         self._events = events
         self._run = run
-        self._seconds = send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, and give up on a reader that takes nothing for too long."""
-
-        async def patient(message: Message) -> None:
-            with anyio.fail_after(self._seconds):
-                await send(message)
-
+        """Send until the run ends or the client leaves."""
         try:
             async with aclosing(self._events):
-                await super().__call__(scope, receive, patient)
+                await super().__call__(scope, receive, send)
         finally:
             # Shielded: a second cancellation must not leave a sequence running or a merge held.
             with anyio.CancelScope(shield=True):
@@ -108,13 +127,13 @@ async def _events(run: Run, dialect: Dialect) -> AsyncGenerator[bytes, None]:
                 chunk["usage"] = run.usage()
             if last and not asked.include_usage:
                 chunk["dynmerge"] = run.applied.block()
-            yield _event(chunk)
+            yield event(chunk)
         if asked.include_usage:
             chunk = {**envelope(asked, dialect.chunk_object), "choices": [], "usage": run.usage()}
-            yield _event({**chunk, "dynmerge": run.applied.block()})
+            yield event({**chunk, "dynmerge": run.applied.block()})
     except Exception as error:  # the outermost handler of a stream: its status has been sent
         note(error)
-        yield _event(describe(error))
+        yield event(describe(error))
     yield DONE
 
 
@@ -126,13 +145,17 @@ async def _choices(run: Run, dialect: Dialect) -> AsyncIterator[tuple[list[dict[
         if opening is not None:
             yield [opening], False
         if asked.echoed(index):
-            yield [dialect.delta(asked, Update(index, asked.echoed(index)))], False
+            yield [dialect.delta(asked, Update(index, asked.echoed(index), first=True))], False
+    begun = {index for index in range(asked.count) if asked.echoed(index)}
     async for update in run.updates():
         last = update.finish_reason is not None
         shown = update.text or update.entries or (asked.return_token_ids and update.token_ids)
         if shown or last:
-            yield [dialect.delta(asked, update)], last and not run.open_sequences
+            told = replace(update, first=update.index not in begun)
+            begun.add(update.index)
+            yield [dialect.delta(asked, told)], last and not run.open_sequences
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def event(content: dict[str, Any]) -> bytes:
+    """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"

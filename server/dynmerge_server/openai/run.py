@@ -31,6 +31,7 @@ class Update:
     entries: tuple[Entry, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    first: bool = False  # to be told of its sequence
 
 
 class Interleaved:

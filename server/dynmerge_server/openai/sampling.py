@@ -14,7 +14,8 @@ from dynmerge_server.openai.structured import grammar
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 256
-MAX_BAD_WORD = 256  # characters: words are tokenised while others wait
+MAX_BAD_WORD = 256  # characters
+MIN_REPETITION, MAX_REPETITION = 1e-6, 1e6  # logits times these stay finite in float32
 TOKEN_ID = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 
 # vLLM's, where neither the request, the configuration nor the model says anything.
@@ -32,7 +33,8 @@ def sampling(
 ) -> Sampling:
     """The sampling of one answer. Raises RequestError naming what is out of range.
 
-    `max_tokens` of None is filled in by `Prompts.fit`, which knows the prompt's length.
+    `max_tokens` of None is filled in by `Prompts.fit`, which knows the prompt's length. Not for the
+    event loop: it tokenises the bad words and writes the grammar.
     """
     chosen = SamplingDefaults(
         temperature=request.temperature,
@@ -141,6 +143,12 @@ def _check_ranges(request: GenerationRequest, chosen: SamplingDefaults) -> None:
     repetition = chosen.repetition_penalty
     if repetition is not None and repetition <= 0:
         raise RequestError(f"repetition_penalty must be greater than zero, got {repetition}.")
+    if repetition is not None and not MIN_REPETITION <= repetition <= MAX_REPETITION:
+        raise RequestError(
+            f"repetition_penalty must be in [{MIN_REPETITION:g}, {MAX_REPETITION:g}], "
+            f"got {repetition}.",
+            "repetition_penalty",
+        )
     temperature = chosen.temperature
     if temperature is not None and temperature < 0:
         reason = f"must be non-negative, got {temperature}."

@@ -9,13 +9,19 @@ from dynmerge_server.openai.requests import ResponseFormat, StructuredOutputs
 
 # Where JSON allows any white space a model can go on with it for ever: at most one space is taken.
 WHITESPACE = " ?"
+# What an engine compiles in seconds at the worst.
+MAX_GRAMMAR = 128 << 10  # characters, as the engine gets it
+MAX_CHOICES = 10_000
 ANY_OBJECT = {"type": "object"}
 
 
 def grammar(
     response_format: ResponseFormat | None, structured: StructuredOutputs | None
 ) -> Grammar | None:
-    """What the answer must match, None for anything. Raises RequestError on two constraints."""
+    """What the answer must match, None for anything.
+
+    Raises RequestError on two constraints, and on one too large to be compiled.
+    """
     from_format = None if response_format is None else _from_format(response_format)
     from_structured = None if structured is None else _from_structured(structured)
     if from_format is not None and from_structured is not None:
@@ -23,7 +29,17 @@ def grammar(
             "response_format and structured_outputs both constrain the answer; give one of them",
             "structured_outputs",
         )
-    return from_format or from_structured
+    param = "response_format" if from_structured is None else "structured_outputs"
+    return _bounded(from_format or from_structured, param)
+
+
+def _bounded(made: Grammar | None, param: str) -> Grammar | None:
+    if made is not None and len(made.text) > MAX_GRAMMAR:
+        raise RequestError(
+            f"{param} takes a grammar of at most {MAX_GRAMMAR} characters, got {len(made.text)}",
+            param,
+        )
+    return made
 
 
 def _from_format(given: ResponseFormat) -> Grammar | None:
@@ -96,7 +112,14 @@ def _json(schema: dict[str, Any], whitespace: str = WHITESPACE) -> Grammar:
 
 
 def _choice(choices: list[str]) -> Grammar:
-    """One of the strings, exactly. A JSON string in ASCII is a Lark string too."""
+    """One of the strings, exactly. A JSON string in ASCII is a Lark string too.
+
+    As one terminal they are one automaton, not a rule of the parser each.
+    """
+    if len(choices) > MAX_CHOICES:
+        raise RequestError(
+            f"choice takes at most {MAX_CHOICES} strings, got {len(choices)}", "structured_outputs"
+        )
     if not choices or "" in choices:
         raise RequestError("choice takes strings that are not empty", "structured_outputs")
-    return Grammar("lark", "start: " + " | ".join(json.dumps(choice) for choice in choices))
+    return Grammar("lark", "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)))

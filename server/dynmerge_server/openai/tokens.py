@@ -46,13 +46,13 @@ async def tokenize(request: Request) -> Response:
     """The token ids of a text, or of a conversation in the model's chat template."""
     parts, body = serving(request), await read_object(request)
     ids = await _ids(parts, body)
-    strings = parts.prompts.tokenizer.convert_ids_to_tokens(ids)
+    strings = await _strings(parts, ids) if body.get("return_token_strs") else None
     return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": parts.prompts.context,
             "tokens": ids,
-            "token_strs": strings if body.get("return_token_strs") else None,
+            "token_strs": strings,
         }
     )
 
@@ -65,6 +65,11 @@ async def detokenize(request: Request) -> Response:
     parts.models.preference(wanted.model)
     text = await parts.prompts.off_loop(lambda: parts.prompts.decode(wanted.tokens))
     return JSONResponse({"prompt": text})
+
+
+async def _strings(parts: Serving, ids: list[int]) -> list[str]:
+    convert = parts.prompts.tokenizer.convert_ids_to_tokens
+    return await parts.prompts.off_loop(lambda: list(convert(ids)))
 
 
 async def _ids(parts: Serving, body: dict[str, Any]) -> list[int]:
