@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from benchmarks.adapters import random_adapters
 from benchmarks.harness import alternate, finish, options, show
 from dynmerge.adapters.adapter import Adapter
-from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.merging.cache import MergeCache
@@ -31,7 +31,6 @@ from dynmerge.recipe import Recipe
 
 RANK = 16
 TASKS = 8
-TASK_NAMES = [f"task{index}" for index in range(TASKS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +57,6 @@ SIZES = (
     Size("1B", 2048, 512, 8192, 16),
     Size("8B", 4096, 1024, 14336, 32),
 )
-
-
-def random_adapters(size: Size, seed: int) -> dict[str, Adapter]:
-    """TASKS adapters of rank RANK on every module."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"task{index}": Adapter(
-            {
-                name: LowRank(
-                    A=torch.randn(RANK, d_in, generator=generator) / d_in**0.5,
-                    B=torch.randn(d_out, RANK, generator=generator) / RANK**0.5,
-                )
-                for name, (d_out, d_in) in size.shapes().items()
-            },
-            size.name,
-        )
-        for index in range(TASKS)
-    }
 
 
 class Shapes(nn.Module):
@@ -175,7 +156,7 @@ def hit_seconds(bank: FactorBank, rounds: int) -> float:
 def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]:
     """All figures for one size, in seconds and bytes."""
     figures: dict[str, float] = {}
-    adapters = random_adapters(size, seed)
+    adapters = random_adapters(size.shapes(), TASKS, RANK, seed)
     with timed(figures, "build"):
         bank = build_bank(BaseIdentity(size.name, ""), adapters).to(device)
         assert bank.groups  # stacked on first use: part of the preparation

@@ -15,9 +15,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.adapters import random_adapters
 from benchmarks.harness import finish, options, show
-from dynmerge.adapters.adapter import Adapter
-from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.engine import Generation, Sampling
@@ -64,28 +63,12 @@ class Work:
 
 def random_bank(model: LlamaForCausalLM, seed: int) -> FactorBank:
     """TASKS adapters of rank RANK on every linear layer but the last."""
-    generator = torch.Generator().manual_seed(seed)
     shapes = {
-        name: tuple(layer.weight.shape)
+        name: (layer.out_features, layer.in_features)
         for name, layer in model.named_modules()
         if isinstance(layer, torch.nn.Linear) and name != "lm_head"
     }
-
-    def adapter() -> Adapter:
-        return Adapter(
-            {
-                name: LowRank(
-                    A=torch.randn(RANK, d_in, generator=generator) / d_in**0.5,
-                    B=torch.randn(d_out, RANK, generator=generator) / d_out**0.5,
-                )
-                for name, (d_out, d_in) in shapes.items()
-            },
-            "random",
-        )
-
-    return build_bank(
-        BaseIdentity("random", ""), {f"task{index}": adapter() for index in range(TASKS)}
-    )
+    return build_bank(BaseIdentity("random", ""), random_adapters(shapes, TASKS, RANK, seed))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

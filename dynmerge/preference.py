@@ -22,6 +22,8 @@ RAW_LIMIT = 2.0
 MAX_ENTRIES = 256
 MAX_TEXT = 16_384
 SKILL_NAME = re.compile(r"[a-z*][a-z0-9_.*-]{0,63}")
+_NO_NAME = "is not a skill name: up to 64 of a-z 0-9 _ . * -, the first a letter or *"
+_MEMBER = re.compile(r"(?:^|,)\s*([a-z*][a-z0-9_.*-]*)")  # of the header's dictionary
 
 HEADER = "X-Dynmerge-Preference"
 
@@ -36,7 +38,8 @@ class Preference:
 
     thousandths: tuple[tuple[str, int], ...]
     # All names that were given, those at zero too: a name misspelt is an error at any weight.
-    named: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    # Each with its column, where it was given in a text.
+    named: tuple[tuple[str, int | None], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def base_model(cls) -> "Preference":
@@ -58,20 +61,7 @@ class Preference:
         base model. Without it they are multipliers with |w| <= 2, negative only where
         `allow_negative`. `source` names the field or header in errors. Raises PreferenceError.
         """
-        numbers = {name: _finite(name, weight, source) for name, weight in weights.items()}
-        if not numbers:
-            raise PreferenceError(
-                f"{source} names no skill; for the base model say {BASE}=1 or SKILL=0", source
-            )
-        if len(numbers) > MAX_ENTRIES:
-            raise PreferenceError(
-                f"{source} names {len(numbers)} skills, at most {MAX_ENTRIES} are taken", source
-            )
-        for name, number in numbers.items():
-            _check_range(name, number, normalize, allow_negative, source)
-        grid = _normalised(numbers, source) if normalize else _multipliers(numbers, source)
-        kept = tuple(sorted((name, value) for name, value in grid.items() if value))
-        return cls(kept or cls.base_model().thousandths, frozenset(numbers))
+        return cls._of(weights, normalize, allow_negative, _Origin(source))
 
     @classmethod
     def parse(
@@ -82,20 +72,40 @@ class Preference:
         `;raw` after any member makes the whole vector multipliers instead of a preference.
         Raises PreferenceError that names `source` and the column, counted from 1.
         """
-        members = _dictionary(text, source)
+        origin = _Origin.of_text(source, text)
+        members = _dictionary(text, origin)
         weights: dict[str, float] = {}
         raw = False
         for name, (value, parameters) in members.items():
             unknown = sorted(set(parameters) - {"raw"})
             if unknown or parameters.get("raw", True) is not True:
-                raise PreferenceError(
-                    f"{source}, column {_column(text, name)}: {name!r} has the parameter "
-                    f"{(unknown or ['raw'])[0]!r}; the only one known is a bare ;raw",
-                    source,
+                raise origin.refusal(
+                    f"{name!r} has the parameter {(unknown or ['raw'])[0]!r}; "
+                    "the only one known is a bare ;raw",
+                    name,
                 )
             raw = raw or "raw" in parameters
-            weights[name] = _weight(name, value, text, source)
-        return cls.of(weights, normalize=not raw, allow_negative=allow_negative, source=source)
+            weights[name] = _weight(name, value, origin)
+        return cls._of(weights, not raw, allow_negative, origin)
+
+    @classmethod
+    def _of(
+        cls, weights: Mapping[str, float], normalize: bool, allow_negative: bool, origin: "_Origin"
+    ) -> "Preference":
+        if not weights:
+            raise origin.refusal(f"names no skill; for the base model say {BASE}=1 or SKILL=0")
+        if len(weights) > MAX_ENTRIES:
+            raise origin.refusal(
+                f"names {len(weights)} skills, at most {MAX_ENTRIES} are taken",
+                list(weights)[MAX_ENTRIES],
+            )
+        numbers = {name: _finite(name, weight, origin) for name, weight in weights.items()}
+        for name, number in numbers.items():
+            _check_range(name, number, normalize, allow_negative, origin)
+        grid = _normalised(numbers, origin) if normalize else _multipliers(numbers, origin)
+        kept = tuple(sorted((name, value) for name, value in grid.items() if value))
+        named = tuple((name, origin.column(name)) for name in numbers)
+        return cls(kept or cls.base_model().thousandths, named)
 
     @property
     def is_base(self) -> bool:
@@ -126,11 +136,11 @@ class Preference:
     def require(self, known: Iterable[str], source: str = "preference") -> None:
         """Raise PreferenceError unless every skill named is one of `known`."""
         known = sorted(known)
-        for skill in sorted(self.named.union(self.skills) - {BASE}):
+        columns = dict(self.named)
+        for skill in sorted({*columns, *self.skills} - {BASE}):
             if skill not in known:
-                raise PreferenceError(
-                    f"{source}: no skill named {skill!r} (known: {', '.join(known)})", source
-                )
+                reason = f"no skill named {skill!r} (known: {', '.join(known)})"
+                raise _refusal(source, columns.get(skill), reason)
 
     def __str__(self) -> str:
         """The canonical text: what `parse` reads back to this very preference."""
@@ -141,97 +151,103 @@ class Preference:
 def check_skill_name(name: str, source: str = "skill name") -> None:
     """Raise PreferenceError unless `name` can be a key of the preference header."""
     if not SKILL_NAME.fullmatch(name):
-        raise PreferenceError(
-            f"{source} {name!r} is not a skill name: up to 64 of a-z 0-9 _ . * -, "
-            "the first a letter or *",
-            source,
-        )
+        raise PreferenceError(f"{source} {name!r} {_NO_NAME}", source)
 
 
-def _dictionary(text: str, source: str) -> Mapping[str, tuple[object, Mapping[str, object]]]:
-    if len(text) > MAX_TEXT:
-        raise PreferenceError(f"{source} is {len(text)} characters, at most {MAX_TEXT}", source)
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The field or header that weights came in and, of a text, where each name starts in it."""
+
+    source: str
+    columns: Mapping[str, int] | None = None  # counted from 1; None where there is no text
+
+    @classmethod
+    def of_text(cls, source: str, text: str) -> "_Origin":
+        """Of a name that stands there twice, the last place counts."""
+        if len(text) > MAX_TEXT:
+            reason = f"is {len(text)} characters, at most {MAX_TEXT} are taken"
+            raise _refusal(source, MAX_TEXT + 1, reason)
+        return cls(source, {match[1]: match.start(1) + 1 for match in _MEMBER.finditer(text)})
+
+    def column(self, name: str | None) -> int | None:
+        """Where `name` stands; a text that does not have it is meant as a whole."""
+        return None if self.columns is None else self.columns.get(name or "", 1)
+
+    def refusal(self, reason: str, name: str | None = None) -> PreferenceError:
+        """The error that gives `reason` at the place of `name`."""
+        return _refusal(self.source, self.column(name), reason)
+
+
+def _refusal(source: str, column: int | None, reason: str) -> PreferenceError:
+    place = source if column is None else f"{source}, column {column}"
+    return PreferenceError(f"{place}: {reason}", source)
+
+
+def _dictionary(text: str, origin: _Origin) -> Mapping[str, tuple[object, Mapping[str, object]]]:
     try:
         data = text.encode("ascii")
     except UnicodeEncodeError as error:
-        raise PreferenceError(
-            f"{source}, column {error.start + 1}: {text[error.start]!r} is not ASCII", source
-        ) from None
+        reason = f"{text[error.start]!r} is not ASCII"
+        raise _refusal(origin.source, error.start + 1, reason) from None
 
     def duplicate(key: str, _context: str) -> None:
-        raise PreferenceError(
-            f"{source}, column {_column(text, key)}: {key!r} stands there twice", source
-        )
+        raise origin.refusal(f"{key!r} stands there twice", key)
 
     try:
         return http_sf.parse(data, tltype="dictionary", on_duplicate_key=duplicate)  # type: ignore[return-value]
     except http_sf.StructuredFieldError as error:
         reason = str(error).split(" at position ")[0]
-        raise PreferenceError(
-            f"{source}, column {(error.position or 0) + 1}: {reason}. "
-            "Write a list such as: math=0.7, code=0.3",
-            source,
-        ) from None
+        hint = "Write a list such as: math=0.7, code=0.3"
+        raise _refusal(origin.source, (error.position or 0) + 1, f"{reason}. {hint}") from None
 
 
-def _weight(name: str, value: object, text: str, source: str) -> float:
+def _weight(name: str, value: object, origin: _Origin) -> float:
     if value is True:
         return 1.0
     if isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         return float(value)
-    raise PreferenceError(
-        f"{source}, column {_column(text, name)}: the weight of {name!r} is not a number "
-        "with at most three decimals",
-        source,
+    raise origin.refusal(
+        f"the weight of {name!r} is not a number with at most three decimals", name
     )
 
 
-def _column(text: str, key: str) -> int:
-    """Where the last member named `key` starts, counted from 1."""
-    starts = [
-        match.start(1)
-        for match in re.finditer(rf"(?:^|,)\s*({re.escape(key)})(?![a-z0-9_.*-])", text)
-    ]
-    return starts[-1] + 1 if starts else 1
-
-
-def _finite(name: str, weight: object, source: str) -> float:
-    check_skill_name(name, source)
+def _finite(name: str, weight: object, origin: _Origin) -> float:
+    if not SKILL_NAME.fullmatch(name):
+        raise origin.refusal(f"{name!r} {_NO_NAME}", name)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise PreferenceError(f"{source}: the weight of {name!r} is not a number", source)
+        raise origin.refusal(f"the weight of {name!r} is not a number", name)
     try:
         number = float(weight)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise PreferenceError(f"{source}: the weight of {name!r} is not finite", source)
+        raise origin.refusal(f"the weight of {name!r} is not finite", name)
     return number
 
 
 def _check_range(
-    name: str, number: float, normalize: bool, allow_negative: bool, source: str
+    name: str, number: float, normalize: bool, allow_negative: bool, origin: _Origin
 ) -> None:
     if not normalize and abs(number) > RAW_LIMIT:
-        raise PreferenceError(
-            f"{source}: the raw weight of {name!r} is {number:g}; "
+        raise origin.refusal(
+            f"the raw weight of {name!r} is {number:g}; "
             f"it must lie within -{RAW_LIMIT:g} .. {RAW_LIMIT:g}",
-            source,
+            name,
         )
     if number < 0 and normalize:
-        raise PreferenceError(
-            f"{source}: the weight of {name!r} is negative ({number:g}); a preference is not. "
+        raise origin.refusal(
+            f"the weight of {name!r} is negative ({number:g}); a preference is not. "
             "Multipliers take ;raw or normalize=false",
-            source,
+            name,
         )
     if number < 0 and not allow_negative:
-        raise PreferenceError(
-            f"{source}: the raw weight of {name!r} is negative ({number:g}); "
-            "this server does not allow that",
-            source,
+        raise origin.refusal(
+            f"the raw weight of {name!r} is negative ({number:g}); this server does not allow that",
+            name,
         )
 
 
-def _normalised(numbers: Mapping[str, float], source: str) -> dict[str, int]:
+def _normalised(numbers: Mapping[str, float], origin: _Origin) -> dict[str, int]:
     """Largest remainders, so that the thousandths sum to 1000 whatever the order of the skills."""
     largest = max(numbers.values())
     if largest == 0:
@@ -251,25 +267,23 @@ def _normalised(numbers: Mapping[str, float], source: str) -> dict[str, int]:
         whole[name] += 1
     for name, number in numbers.items():
         if number and not whole[name]:
-            raise PreferenceError(
-                f"{source}: the weight of {name!r} is {shares[name] / GRID:.2g} of the whole, "
+            raise origin.refusal(
+                f"the weight of {name!r} is {shares[name] / GRID:.2g} of the whole, "
                 "less than the grid's 0.001; leave it out or raise it",
-                source,
+                name,
             )
     return whole
 
 
-def _multipliers(numbers: Mapping[str, float], source: str) -> dict[str, int]:
+def _multipliers(numbers: Mapping[str, float], origin: _Origin) -> dict[str, int]:
     if BASE in numbers:
-        raise PreferenceError(
-            f"{source}: {BASE!r} takes no raw weight; multipliers leave the base model as it is",
-            source,
+        raise origin.refusal(
+            f"{BASE!r} takes no raw weight; multipliers leave the base model as it is", BASE
         )
     grid = {name: round(number * GRID) for name, number in numbers.items()}
     for name, number in numbers.items():
         if number and not grid[name]:
-            raise PreferenceError(
-                f"{source}: the raw weight of {name!r} is {number:g}, less than the grid's 0.001",
-                source,
+            raise origin.refusal(
+                f"the raw weight of {name!r} is {number:g}, less than the grid's 0.001", name
             )
     return grid

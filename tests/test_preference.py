@@ -72,6 +72,34 @@ def test_a_bad_header_is_an_error_that_names_the_place(text: str, says: str) -> 
     assert caught.value.param == "X-Dynmerge-Preference"
 
 
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("code=1, math=-0.5", 9),
+        ("code=1, math=-0.5;raw", 9),
+        ("code=1, math=2.001;raw", 9),
+        ("code=0.9;raw, base=0.1", 15),
+        ("a=999,  b=0.001", 9),
+        ("code=1, " + "m" * 65, 9),
+        (" math=-1", 2),
+        ("", 1),
+        (", ".join(f"s{i:03}=1" for i in range(300)), 256 * 8 + 1),
+        ("a" * 20_000, 16_385),
+        ("math, mth=1, code=0", 7),
+        ("math, mth=0", 7),
+    ],
+)
+def test_what_is_wrong_with_a_text_has_its_column(text: str, column: int) -> None:
+    with pytest.raises(PreferenceError, match=rf"^--preference, column {column}: "):
+        Preference.parse(text, source="--preference").require(["code", "math"], "--preference")
+
+
+@pytest.mark.parametrize("weights", [{}, {"math": -1}, {"mth": 1}, {"Math": 1}])
+def test_weights_that_came_in_no_text_have_no_column(weights: dict[str, float]) -> None:
+    with pytest.raises(PreferenceError, match=r"^preference: "):
+        Preference.of(weights).require(["math"])
+
+
 @given(VECTORS, st.randoms())
 def test_order_and_scale_of_a_preference_do_not_matter(weights: dict[str, int], random) -> None:
     shuffled = list(weights.items())

@@ -36,17 +36,24 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # module name -> A (r, d_in), B (d_out, r)
 
 
-def load_adapter(folder: str | Path, base: BaseModel, *, trust_base: bool = False) -> Adapter:
+def load_adapter(
+    folder: str | Path,
+    base: BaseModel,
+    *,
+    trust_base: bool = False,
+    option: str = "trust_base=True",
+) -> Adapter:
     """The PEFT LoRA in `folder`, in float32, its scaling folded into B.
 
     `trust_base` admits an adapter whose settings name another base model; shapes must fit all the
-    same. Raises AdapterError, naming the adapter and the reason, if anything cannot be honoured.
+    same; `option` is how the caller's user says so, for the error. Raises AdapterError, naming the
+    adapter and the reason, if anything cannot be honoured.
     """
     folder = Path(folder)
     try:
         settings = read_settings(folder)
         if not trust_base:
-            _check_base(settings, base)
+            _check_base(settings, base, option)
         factors = _paired(_read_weights(folder))
         _check_modules(factors, settings, base)
         updates = {
@@ -105,12 +112,12 @@ def fetch_adapter(
     return folder
 
 
-def _check_base(settings: LoraSettings, base: BaseModel) -> None:
+def _check_base(settings: LoraSettings, base: BaseModel, option: str) -> None:
     stated = display_name(settings.base_model_name_or_path or base.name)
     if stated.lower() != base.name.lower():
         raise AdapterError(
             f"it was trained on {shown(stated)}, not on {base.name!r}; if these are the same"
-            " weights under two names, load it with trust_base"
+            f" weights under two names, say {option}"
         )
 
 

@@ -220,7 +220,7 @@ def _task(bank: FactorBank, index: int, modules: Sequence[ModuleReport]) -> Task
     return TaskReport(
         name=task.name,
         digest=task.digest,
-        ranks=tuple(sorted({module.ranks[index] for module in touched})),
+        ranks=bank.ranks[index],
         modules=len(touched),
         norm=sum(module.norms[index] ** 2 for module in touched) ** 0.5,
         effective_rank=_mean([module.effective_ranks[index] for module in touched]),

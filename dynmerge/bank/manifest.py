@@ -14,7 +14,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field, JsonValue
 
-from dynmerge.bank.bank import FORMAT, BaseIdentity, FactorBank, ModuleFactors
+from dynmerge.bank.bank import FORMAT, BaseIdentity, FactorBank, distinct_ranks
 from dynmerge.errors import BankError, PreferenceError
 from dynmerge.preference import BASE, check_skill_name
 
@@ -139,8 +139,8 @@ class Manifest(Entry):
                 raise ValueError(
                     f"{module.name} has {len(module.ranks)} ranks for {len(self.tasks)} tasks"
                 )
-        for index, task in enumerate(self.tasks):
-            ranks = distinct_ranks(self.modules, index)
+        found = distinct_ranks([module.ranks for module in self.modules])
+        for task, ranks in zip(self.tasks, found, strict=True):
             if task.ranks != ranks:
                 raise ValueError(f"task {task.name} states ranks {task.ranks}, has {ranks}")
         return self
@@ -174,10 +174,10 @@ def describe(bank: FactorBank, files: tuple[FileEntry, ...], source: str | None)
             {
                 "name": task.name,
                 "digest": task.digest,
-                "ranks": distinct_ranks(bank.modules, index),
+                "ranks": ranks,
                 "provenance": dict(task.provenance),
             }
-            for index, task in enumerate(bank.tasks)
+            for task, ranks in zip(bank.tasks, bank.ranks, strict=True)
         ],
         "modules": [
             {
@@ -224,13 +224,6 @@ def parse(data: bytes, source: str) -> Manifest:
 def file_name(sha256: str) -> str:
     """The name of a tensor file whose content has this SHA-256."""
     return f"factors-{sha256[:16]}.safetensors"
-
-
-def distinct_ranks(
-    modules: tuple[ModuleEntry, ...] | tuple[ModuleFactors, ...], task: int
-) -> tuple[int, ...]:
-    """The distinct ranks of one task over the modules it touches, ascending."""
-    return tuple(sorted({module.ranks[task] for module in modules} - {0}))
 
 
 def _first(error: pydantic.ValidationError) -> str:

@@ -79,12 +79,13 @@ def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:
 def read_manifest(folder: Path) -> Manifest:
     """What the bank in `folder` says of itself; its tensors are not read."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BankError(f"no bank at {folder}: there is no such folder")
-    if not (folder / manifests.NAME).exists():
-        raise BankError(f"{folder} is not a bank: it has no {manifests.NAME}")
-    path = _inside(folder, manifests.NAME)
+    path = folder / manifests.NAME
     try:
+        if not folder.is_dir():
+            raise BankError(f"no bank at {folder}: there is no such folder")
+        if not path.exists():
+            raise BankError(f"{folder} is not a bank: it has no {manifests.NAME}")
+        path = _inside(folder, manifests.NAME)
         if path.stat().st_size > manifests.MAX_BYTES:
             raise BankError(f"{path} is over {manifests.MAX_BYTES} bytes: no bank is described so")
         return manifests.parse(path.read_bytes(), str(path))
@@ -101,16 +102,23 @@ def check_base(bank: FactorBank, fingerprint: str) -> None:
         )
 
 
-def check_target(folder: Path, replace: bool) -> None:
-    """Raise BankError unless `save_bank` may write to `folder`; worth asking before a build."""
+def check_target(folder: Path, replace: bool, *, option: str = "replace=True") -> None:
+    """Raise BankError unless `save_bank` may write to `folder`; worth asking before a build.
+
+    `option` is how the caller's user says `replace`, for the error.
+    """
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
         raise BankError(f"{folder} exists and is not a folder")
-    if (folder / manifests.NAME).exists():
-        if not replace:
-            raise BankError(f"{folder} already holds a bank; replace it only if that is meant")
-    elif any(folder.iterdir()):
+    try:
+        holds_bank = (folder / manifests.NAME).exists()
+        holds_other = not holds_bank and any(folder.iterdir())
+    except OSError as error:
+        raise BankError(f"cannot look into {folder}: {_reason(error)}") from error
+    if holds_bank and not replace:
+        raise BankError(f"{folder} already holds a bank; to replace it, say {option}")
+    if holds_other:
         raise BankError(f"{folder} exists, is not empty and is not a bank: choose another folder")
 
 
@@ -197,10 +205,13 @@ def _verified(path: Path, file: FileEntry) -> list[tuple[str, dict[str, Any]]]:
 def _inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused where it is no regular file or a link leads out of the folder."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BankError(f"{path} is a link that leads out of the bank")
-    if not path.is_file():
-        raise BankError(f"{folder}: {name} is missing")
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BankError(f"{path} is a link that leads out of the bank")
+        if not path.is_file():
+            raise BankError(f"{folder}: {name} is missing")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise BankError(f"cannot read {path}: {_reason(error)}") from error
     return path
 
 

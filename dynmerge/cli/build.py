@@ -1,7 +1,8 @@
 """`dynmerge build`: adapters and the base model they were trained on -> a bank folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from dynmerge.adapters.adapter import Adapter
@@ -9,10 +10,11 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import fetch_adapter, load_adapter
 from dynmerge.adapters.gate import CONFIG
 from dynmerge.bank.bank import BaseIdentity
-from dynmerge.bank.build import build_bank
+from dynmerge.bank.build import build_bank, check_names
 from dynmerge.bank.manifest import Manifest
 from dynmerge.bank.storage import check_target, save_bank
 from dynmerge.cli.console import Step, line, progress_bar, table
+from dynmerge.errors import AdapterError
 
 # Copied from an adapter's own configuration, to be shown and nothing else.
 SHOWN = ("r", "lora_alpha", "use_rslora", "target_modules", "peft_version")
@@ -22,13 +24,15 @@ def run(
     base: str, sources: Mapping[str, str], output: Path, *, trust_base: bool, replace: bool
 ) -> None:
     """Build the bank and say what was built; the last line is its folder."""
-    check_target(output, replace)
+    check_target(output, replace, option="--replace")
     with progress_bar() as start:
         model = BaseModel.open(base)
-        folders = {name: fetch_adapter(source) for name, source in sources.items()}
-        adapters = _load(folders, model, start("reading adapters"), trust_base=trust_base)
+        identity = BaseIdentity(model.name, model.fingerprint)
+        check_names(identity, sources)
+        folders = _fetch(sources)
+        adapters = _load(sources, folders, model, start("reading adapters"), trust_base=trust_base)
         bank = build_bank(
-            BaseIdentity(model.name, model.fingerprint),
+            identity,
             adapters,
             provenance={name: provenance(sources[name], folders[name]) for name in sources},
             progress=start("sharing bases"),
@@ -44,14 +48,39 @@ def provenance(source: str, folder: Path) -> dict[str, object]:
     return {"source": source, **{key: stated[key] for key in SHOWN if stated.get(key) is not None}}
 
 
+def _fetch(sources: Mapping[str, str]) -> dict[str, Path]:
+    folders = {}
+    for name, source in sources.items():
+        with _blaming(name, source):
+            folders[name] = fetch_adapter(source)
+    return folders
+
+
 def _load(
-    folders: Mapping[str, Path], model: BaseModel, step: Step, *, trust_base: bool
+    sources: Mapping[str, str],
+    folders: Mapping[str, Path],
+    model: BaseModel,
+    step: Step,
+    *,
+    trust_base: bool,
 ) -> dict[str, Adapter]:
     adapters = {}
     for done, (name, folder) in enumerate(folders.items(), start=1):
-        adapters[name] = load_adapter(folder, model, trust_base=trust_base)
+        with _blaming(name, sources[name]):
+            adapters[name] = load_adapter(
+                folder, model, trust_base=trust_base, option="--trust-base"
+            )
         step(done, len(folders))
     return adapters
+
+
+@contextmanager
+def _blaming(name: str, source: str) -> Iterator[None]:
+    """Put the option an adapter was given by before what is wrong with the adapter."""
+    try:
+        yield
+    except AdapterError as reason:
+        raise AdapterError(f"--adapter {name}={source}: {reason}") from reason
 
 
 def _lasting(base: str) -> str:

@@ -334,6 +334,8 @@ def test_another_base_is_taken_when_trusted_and_shapes_still_decide(
     base: BaseModel, edited: Edited
 ) -> None:
     folder = edited({"base_model_name_or_path": "org/other"})
+    with pytest.raises(AdapterError, match=r"under two names, say trust_base=True$"):
+        load_adapter(folder, base)
     assert load_adapter(folder, base, trust_base=True).base == "other"
     wide = dataclasses.replace(base, linears=dict.fromkeys(base.linears, (8, 8)))
     with pytest.raises(AdapterError, match="the base model's layer 8 x 8"):
