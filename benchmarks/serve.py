@@ -158,8 +158,9 @@ def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
+    parser.add_argument("--prompt", type=int, help="tokens in each prompt: 64, or 16 if --quick")
     arguments = parser.parse_args()
+    prompt = arguments.prompt or (16 if arguments.quick else 64)
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     model = LlamaForCausalLM(LLAMA).to(arguments.device, getattr(torch, arguments.dtype)).eval()
@@ -174,15 +175,15 @@ def main() -> None:
         "one preference": merges(bank, engine, 1),
         f"{BATCH} distinct": merges(bank, engine, BATCH),
     }
-    rounds, new = (3, 16) if arguments.quick else (9, 32)
+    rounds, new = (2, 16) if arguments.quick else (9, 32)
     try:
-        speeds = measure(engine, variants, rounds, arguments.prompt, new)
+        speeds = measure(engine, variants, rounds, prompt, new)
     finally:
         engine.close()
     base_only, one, distinct = speeds.values()
     show(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {arguments.dtype}, "
-        f"batch {BATCH}, prompt {arguments.prompt}, {new} new, {TASKS} tasks of rank {RANK}",
+        f"batch {BATCH}, prompt {prompt}, {new} new, {TASKS} tasks of rank {RANK}",
         ("variant", "tokens/s", "tokens per CPU-second", "least", "most"),
         [
             (name, median(s.wall for s in values), median(cpu), min(cpu), max(cpu))
@@ -203,7 +204,7 @@ def main() -> None:
     finish(
         arguments,
         ratios,
-        {"dtype": arguments.dtype, "clock": clock, "prompt": arguments.prompt, "new": new},
+        {"dtype": arguments.dtype, "clock": clock, "prompt": prompt, "new": new},
     )
 
 

@@ -15,6 +15,8 @@ from dynmerge.errors import RequestError
 
 PARAM = "structured_outputs"
 MAX_LINES, MAX_LINE = 6, 200  # of a reason that is told
+# llguidance bounds its work but for intersections: it does not come back from a hundred of them.
+MAX_INTERSECTIONS = 16
 KEPT = 16  # compiled grammars: each answer of a request is matched by a copy of one
 
 
@@ -67,6 +69,9 @@ class Grammars:
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> Matcher:
+        if grammar.kind == "lark" and sum(map(grammar.text.count, "&~")) > MAX_INTERSECTIONS:
+            reason = f"it has more than {MAX_INTERSECTIONS} of & and ~"
+            raise RequestError(f"this lark grammar is not usable: {reason}", PARAM)
         # Not a word on stderr, which would have the grammar in it.
         compiled = LLMatcher(self._tokens(), _source(grammar), log_level=0)
         if not compiled.is_error():
