@@ -4,6 +4,8 @@ preference -> recipe -> lease on its merge (cache, made off the event loop) -> e
 """
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +17,13 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Chunk, Engine, Generation
 from dynmerge.errors import ConfigError, EngineDead
 from dynmerge.merging.cache import Claim, MergeCache
-from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import default_method
+from dynmerge.merging.merge import Merge, Merger
+from dynmerge.merging.methods import default_method, in_background
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
 DEFAULT_CACHE_BYTES = 1 << 30
+_CLOSED = "the runtime is closed"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,11 +73,14 @@ class Runtime:
         # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
         self.bank = bank.to(engine.device, bases=False)
         self.engine = engine
-        self.cache = MergeCache(
-            lambda recipe: merge(self.bank, recipe, engine.dtype), capacity=cache_bytes
-        )
-        # One worker: merges queue here instead of fighting over the cores the engine runs on.
+        self.cache = MergeCache(Merger(self.bank, engine.dtype).merge, capacity=cache_bytes)
+        self._closed = False
+        # One worker each: merges queue instead of fighting over the cores the engine runs on, and
+        # a quick one never waits behind one that takes long.
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="dynmerge-merging")
+        self._background = ThreadPoolExecutor(
+            1, thread_name_prefix="dynmerge-background", initializer=_give_way
+        )
 
     @property
     def skills(self) -> tuple[str, ...]:
@@ -115,18 +121,35 @@ class Runtime:
         return Lease(recipe, made, claim.outcome, time.perf_counter() - started, claim, self.cache)
 
     def _start(self, claim: Claim) -> None:
+        lane = self._background if in_background(claim.recipe.method) else self._merging
         try:
-            self._merging.submit(self.cache.fill, claim)
+            lane.submit(self._fill, claim)
         except RuntimeError:  # closed: others who wait for this merge must hear of it
-            error = EngineDead("the runtime is closed")
-            self.cache.fail(claim, error)
-            raise error from None
+            self.cache.fail(claim, EngineDead(_CLOSED))
+            raise EngineDead(_CLOSED) from None
+
+    def _fill(self, claim: Claim) -> None:
+        if self._closed:
+            self.cache.fail(claim, EngineDead(_CLOSED))
+        else:
+            self.cache.fill(claim)
 
     def generate(self, generation: Generation) -> AsyncIterator[Chunk]:
         """Stream one sequence from the engine; closing the iterator cancels it."""
         return self.engine.generate(generation)
 
     def close(self) -> None:
-        """Stop the engine and the merging thread."""
+        """Stop the engine and the merging threads; merges not started yet end in EngineDead."""
+        self._closed = True
         self.engine.close()
         self._merging.shutdown(wait=True)
+        self._background.shutdown(wait=True)
+
+
+def _give_way() -> None:
+    """Let the engine's threads go first: this one's work takes seconds and nobody streams from it.
+
+    On Linux niceness is a thread's own, and the threads that torch starts for it inherit it.
+    """
+    if sys.platform == "linux":
+        os.nice(10)

@@ -24,7 +24,7 @@ def main() -> None:
     made = merge(bank, recipe)
     print(f"{recipe.preference} is merge {recipe.digest}, {made.nbytes / 2**20:.1f} MiB")
     for rank in (4, 8, 16, 32):
-        cut = materialize(bank, made.core, rank)
+        cut = materialize(bank, made, rank)
         print(f"as an adapter of rank {cut.rank:2}: {cut.energy:.1%} of its energy")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "dictionary-cynic"

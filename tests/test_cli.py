@@ -1,4 +1,5 @@
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.storage import load_bank, read_manifest
 from dynmerge.cli import main
-from dynmerge.merging.methods import METHODS
+from dynmerge.merging.methods import METHODS, SCALE, STEPS, parse_method
 from tests import reference
 
 Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr
@@ -80,10 +81,7 @@ def test_build_writes_a_bank_and_says_where(
 
     code, out, err = run(*words)
     assert (code, out) == (2, "")
-    assert (
-        err
-        == f"error: {tmp_path / 'bank'} already holds a bank; replace it only if that is meant\n"
-    )
+    assert err == f"error: {tmp_path / 'bank'} already holds a bank; to replace it, say --replace\n"
     assert run(*words, "--replace")[0] == 0
 
 
@@ -95,9 +93,50 @@ def test_build_refuses_an_adapter_of_another_base_unless_it_is_trusted(
     words = build_words(renamed, {"ada": adapter_folders["ada"]}, tmp_path / "bank")
     code, out, err = run(*words)
     assert (code, out) == (2, "")
-    assert "error: adapter 'ada': it was trained on 'tiny', not on 'renamed'" in err
+    assert "adapter 'ada': it was trained on 'tiny', not on 'renamed'" in err
+    assert err.endswith("under two names, say --trust-base\n")
     assert not (tmp_path / "bank").exists()
     assert run(*words, "--trust-base")[0] == 0
+
+
+def test_build_names_the_skill_and_the_folder_of_a_bad_adapter(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "final"
+    bad.mkdir()
+    for source, complaint in (
+        (bad, "adapter 'final': it has no adapter_config.json"),
+        (tmp_path / "nowhere", "'nowhere' is no folder here"),
+    ):
+        words = build_words(base_folder, {**adapter_folders, "bob": source}, tmp_path / "bank")
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: --adapter bob={source}: {complaint}")
+
+
+def test_build_refuses_a_skill_named_like_the_base_before_it_reads_adapters(
+    run: Run, base_folder: Path, tmp_path: Path
+) -> None:
+    words = build_words(base_folder, {"tiny": tmp_path / "nowhere"}, tmp_path / "bank")
+    complaint = "error: a skill may not be named 'tiny': that names the base model itself\n"
+    assert run(*words) == (2, "", complaint)
+
+
+def test_build_leaves_what_it_may_not_replace(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text").write_text("mine")
+    for output, complaint in (
+        (tmp_path / "thesis", "is not empty and is not a bank"),
+        (tmp_path / "thesis" / "text", "exists and is not a folder"),
+        (tmp_path / "thesis" / "text" / "bank", "cannot write the bank"),
+    ):
+        words = build_words(base_folder, {"ada": adapter_folders["ada"]}, output)
+        code, out, err = run(*words, "--replace")
+        assert (code, out) == (2, "")
+        assert complaint in err
+    assert (tmp_path / "thesis" / "text").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +205,9 @@ def test_an_exported_merge_is_what_peft_loads_and_computes(
 ) -> None:
     code, out, _ = run("export", bank, "-p", PREFERENCE, "-o", tmp_path / "mix")
     assert code == 0
-    assert out.splitlines()[0].startswith("merge   ada=0.5, bob=0.2, dee=0.3 by linear;scale=1, ")
+    assert out.splitlines()[0].startswith(
+        "merge   ada=0.5, bob=0.2, dee=0.3 by linear;p=1;scale=1, "
+    )
     assert "keeps 100.00% of the energy" in out
     assert out.splitlines()[-1] == str(tmp_path / "mix")
 
@@ -198,7 +239,7 @@ def test_a_lower_rank_keeps_less(run: Run, bank: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["-p", "eve=1"], "--preference: no skill named 'eve' (known: ada, bob, cyd, dee)"),
+        (["-p", "eve=1"], "--preference, column 1: no skill named 'eve' (known: ada"),
         (["-p", "ada=x y"], "--preference, column"),
         (["-p", "base=1"], "asks for the base model: there is nothing to export"),
         (["-p", "ada=1", "-m", "nope"], "--method: no method 'nope' (known: linear"),
@@ -224,10 +265,26 @@ def test_export_writes_into_no_folder_that_is_there(run: Run, bank: Path, tmp_pa
 def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:
     code, out, _ = run("methods")
     assert code == 0
-    for name, method in METHODS.items():
-        assert f"\n{name} " in f"\n{out}"
-        for parameter in method.parameters:
-            assert f";{parameter.name}=" in out
+    blocks = iter(out.split("\n\n"))
+    listed = [line.split()[0] for line in next(blocks).splitlines() if line[0] != " "]
+    assert listed == list(METHODS)
+    for name, row in (*METHODS.items(), *STEPS.items()):
+        _, _, own = f"\n{out}".partition(f"\n{name} ")
+        first, *rest = own.splitlines()
+        assert first.strip() == row.summary
+        parameters = [line.split()[0] for line in itertools.takewhile(is_indented, rest)]
+        assert [text.partition("=")[0] for text in parameters] == [
+            f";{parameter.name}" for parameter in row.parameters
+        ]
+        # Each is shown with its default, as a header would say it.
+        text = "".join([f"linear+{name}" if name == "svc" else name, *parameters])
+        assert parse_method(text) == parse_method(text.partition(";")[0])
+    assert "pico+ties+svc" in out
+    assert f";{SCALE.name}=1 " in out.rpartition("\n\n")[2]
+
+
+def is_indented(line: str) -> bool:
+    return line.startswith(" ")
 
 
 def test_serve_refuses_a_configuration_before_it_serves(

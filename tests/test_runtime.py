@@ -12,7 +12,7 @@ from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from dynmerge.runtime import Lease, Runtime
-from tests.bank_factory import random_bank
+from tests.bank_factory import random_adapter, random_bank
 
 
 class NormEngine:
@@ -117,7 +117,7 @@ async def test_no_room_is_an_error_and_the_next_request_is_fine(runtime: Runtime
 def test_a_recipe_names_the_bank_and_knows_its_skills(runtime: Runtime) -> None:
     recipe = runtime.recipe(Preference.parse("ada"), parse_method("linear;scale=0.5"))
     assert recipe.bank == runtime.bank.digest
-    assert str(recipe.method) == "linear;scale=0.5"
+    assert str(recipe.method) == "linear;p=1;scale=0.5"
     with pytest.raises(PreferenceError, match=r"no skill named 'eve' \(known: ada, bob, cyd\)"):
         wanted(runtime, "eve")
 
@@ -134,6 +134,58 @@ async def test_a_lease_after_closing_says_so_to_everyone(runtime: Runtime) -> No
         with pytest.raises(EngineDead, match="closed"):
             await runtime.lease(recipe)
     assert runtime.cache.stats().entries == 0
+
+
+# Wide enough that cutting a dense merge to its rank takes far longer than a linear one.
+WIDE = {f"layers.{place}.q": (320, 300) for place in range(3)}
+LONG = [f"ada={weight}, bob={10 - weight}" for weight in range(1, 6)]
+
+
+@pytest.fixture
+def wide_runtime() -> Runtime:
+    adapters = {
+        name: random_adapter(dict.fromkeys(WIDE, rank), seed, WIDE)
+        for seed, (name, rank) in enumerate({"ada": 4, "bob": 6}.items())
+    }
+    return Runtime(random_bank(adapters), NormEngine())
+
+
+async def test_a_merge_that_takes_long_does_not_hold_up_a_quick_one(wide_runtime: Runtime) -> None:
+    method = parse_method("ties;space=full")
+    asked = [wide_runtime.recipe(Preference.parse(text), method) for text in LONG]
+    long = [asyncio.create_task(wide_runtime.lease(recipe)) for recipe in asked]
+    await asyncio.sleep(0)
+    assert wide_runtime.cache.stats().misses == len(long)
+    with await wide_runtime.lease(wanted(wide_runtime, "ada, bob")) as quick:
+        assert quick.outcome == "stored"
+        assert not long[-1].done()
+    for lease in await asyncio.gather(*long):
+        with lease:
+            assert lease.merge is not None
+            assert lease.merge.own is not None
+    wide_runtime.close()
+
+
+@pytest.mark.parametrize("method", ["linear", "ties;space=full"])
+async def test_recipes_that_wait_when_the_runtime_closes_hear_of_it(
+    wide_runtime: Runtime, method: str
+) -> None:
+    go = hold_back(wide_runtime)
+    choice = parse_method(method)
+    asked = [wide_runtime.recipe(Preference.parse(text), choice) for text in LONG]
+    leases = [asyncio.create_task(wide_runtime.lease(recipe)) for recipe in asked]
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(asyncio.to_thread(wide_runtime.close))
+    while not wide_runtime.engine.closed:
+        await asyncio.sleep(0.001)
+    go.set()
+    # The first may have been begun: what is being made is finished.
+    first, *others = await asyncio.gather(*leases, return_exceptions=True)
+    await closing
+    assert isinstance(first, (Lease, EngineDead))
+    assert [type(other) for other in others] == [EngineDead] * len(others)
+    assert {str(other) for other in others} == {"the runtime is closed"}
+    assert wide_runtime.cache.stats().entries == isinstance(first, Lease)
 
 
 def test_a_cache_that_holds_no_merge_is_refused() -> None:

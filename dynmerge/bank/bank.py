@@ -9,7 +9,7 @@ is M_i = left_i right_i, and Δ_i = U M_i V^T without loss. Knows no files, pref
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynmerge.errors import BankError
 
-FORMAT = 1
+FORMAT = 2  # 1 had QR bases, which depend on the order of tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +94,45 @@ class CoreLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorGroup:
-    """Modules alike in p, q and every task's rank, stacked, so that one product serves them all."""
+    """Modules alike in p, q and every task's rank, stacked, so that one product serves them all.
+
+    K is the sum of `ranks`; a rank is 0 where a task leaves these modules alone.
+    """
 
     members: tuple[int, ...]  # their places in the bank
     left: Tensor  # (members, p, K)
     right: Tensor  # (members, K, q)
-    tasks: Tensor  # (K,): the task that each of the K stacked directions belongs to
+    ranks: tuple[int, ...]
+
+    @property
+    def present(self) -> list[int]:
+        """The tasks that change these modules."""
+        return [task for task, rank in enumerate(self.ranks) if rank]
+
+    def of(self, task: int) -> tuple[Tensor, Tensor]:
+        """One task's left (members, p, r) and right (members, r, q)."""
+        start = sum(self.ranks[:task])
+        span = slice(start, start + self.ranks[task])
+        return self.left[:, :, span], self.right[:, span]
+
+    def cores(self) -> Tensor:
+        """(members, tasks, p, q): every task's core M_i."""
+        return torch.stack([torch.matmul(*self.of(task)) for task in range(len(self.ranks))], 1)
+
+    def per_direction(self, weights: Tensor) -> Tensor:
+        """(K,): each task's weight of `weights` (tasks,), at each of its stacked directions."""
+        ranks = torch.tensor(self.ranks, device=weights.device)
+        return weights.repeat_interleave(ranks, output_size=sum(self.ranks))
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """(members, p, q): sum_i weights_i M_i, in one product."""
+        return (self.left * self.per_direction(weights)) @ self.right
+
+    def norms(self) -> Tensor:
+        """(members, tasks): ||Delta_i||, Frobenius, from the factors."""
+        factors = [self.of(task) for task in range(len(self.ranks))]
+        squares = [((left.mT @ left) * (right @ right.mT)).sum((-2, -1)) for left, right in factors]
+        return torch.stack(squares, 1).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +158,11 @@ class FactorBank:
     def names(self) -> tuple[str, ...]:
         """The tasks' names, sorted: the order of every vector over tasks."""
         return tuple(task.name for task in self.tasks)
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """By task, the distinct ranks over the modules it touches, ascending."""
+        return distinct_ranks([module.ranks for module in self.modules])
 
     @property
     def device(self) -> torch.device:
@@ -156,12 +194,11 @@ class FactorBank:
 
     def _group(self, members: Sequence[int]) -> "FactorGroup":
         modules = [self.modules[index] for index in members]
-        ranks = torch.tensor(modules[0].ranks, device=self.device)
         return FactorGroup(
             members=tuple(members),
             left=torch.stack([module.left for module in modules]),
             right=torch.stack([module.right for module in modules]),
-            tasks=torch.arange(len(self.tasks), device=self.device).repeat_interleave(ranks),
+            ranks=modules[0].ranks,
         )
 
     def flatten(self, cores: Sequence[Tensor]) -> Tensor:
@@ -185,6 +222,11 @@ class FactorBank:
             )
 
         return replace(self, modules=tuple(moved(module) for module in self.modules))
+
+
+def distinct_ranks(modules: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """By task, the distinct ranks but 0, ascending, from each module's ranks by task."""
+    return tuple(tuple(sorted(set(ranks) - {0})) for ranks in zip(*modules, strict=True))
 
 
 def module_order(names: Sequence[str]) -> list[str]:

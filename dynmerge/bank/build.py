@@ -1,10 +1,13 @@
-"""Build a bank: adapters -> shared orthonormal bases and every task's factors in them. QR only,
-never a dense SVD.
+"""Build a bank: adapters -> shared orthonormal bases and every task's factors in them.
+
+By QR of the stacked factors and an SVD of what is left, never of a dense update.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 
 import torch
+from torch import Tensor
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
@@ -27,10 +30,7 @@ def build_bank(
     """
     if not adapters:
         raise BankError("a bank needs at least one adapter")
-    for name in adapters:
-        check_skill_name(name)
-        if name == BASE:
-            raise BankError(f"a skill may not be named {BASE!r}: that names the base model itself")
+    check_names(base, adapters)
     names = sorted(adapters)
     modules = module_order(sorted({module for name in names for module in adapters[name].modules}))
     built = []
@@ -42,18 +42,31 @@ def build_bank(
     return FactorBank(base, tasks, tuple(built))
 
 
+def check_names(base: BaseIdentity, names: Iterable[str]) -> None:
+    """Raise unless all `names` may be skills of a bank for `base`; worth asking before a build.
+
+    PreferenceError on what no request could write, BankError on a name of the base model's own.
+    """
+    served = PurePath(base.name).name  # what the server calls the base model, if not told otherwise
+    for name in names:
+        check_skill_name(name)
+        if name in (BASE, served):
+            raise BankError(f"a skill may not be named {name!r}: that names the base model itself")
+
+
 def share_bases(module: str, updates: Sequence[LowRank | None]) -> ModuleFactors:
     """One module's shared bases from its tasks' updates; None where a task leaves it alone.
 
-    QR in float64, kept in float32: with B = [B_1 .. B_N] = U R, task i's left factor is its block
-    of R.
+    In float64, kept in float32. U holds the left singular vectors of B = [B_1 .. B_N] and V the
+    right ones of A = [A_1; ..; A_N]: Core Space's bases (Panariello et al. 2025), which do not
+    depend on the tasks' names or order. Directions that are float32 rounding are left out.
     """
     present = [update for update in updates if update is not None]
     shapes = {update.shape for update in present}
     if len(shapes) != 1:
         raise BankError(f"{module}: adapters disagree about its shape: {sorted(shapes)}")
-    U, left = torch.linalg.qr(torch.cat([update.B.double() for update in present], dim=1))
-    V, right = torch.linalg.qr(torch.cat([update.A.double() for update in present], dim=0).mT)
+    U, left = _singular_basis(torch.cat([update.B.double() for update in present], dim=1))
+    V, right = _singular_basis(torch.cat([update.A.double() for update in present], dim=0).mT)
     return ModuleFactors(
         name=module,
         U=U.float().contiguous(),
@@ -62,3 +75,17 @@ def share_bases(module: str, updates: Sequence[LowRank | None]) -> ModuleFactors
         right=right.mT.float().contiguous(),
         ranks=tuple(0 if update is None else update.rank for update in updates),
     )
+
+
+def _singular_basis(stacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (d, k) of `stacked` (d, K), and `stacked` in them (k, K).
+
+    By QR, so that the SVD is of a matrix K wide. A vector's largest entry is positive: the sign is
+    otherwise arbitrary, and some merge methods see it.
+    """
+    Q, R = torch.linalg.qr(stacked)
+    P, S, Wh = torch.linalg.svd(R, full_matrices=False)
+    kept = max(1, int((S[0] * len(S) * torch.finfo(torch.float32).eps < S).sum()))
+    basis = Q @ P[:, :kept]
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    return basis * signs, (S[:kept, None] * Wh[:kept]) * signs.mT

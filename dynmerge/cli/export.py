@@ -24,7 +24,7 @@ def run(
     if wish.is_base:
         raise PreferenceError("--preference asks for the base model: there is nothing to export")
     recipe = Recipe(wish, choice, bank.digest)
-    made = materialize(bank, merge(bank, recipe).core, rank)
+    made = materialize(bank, merge(bank, recipe), rank)
     base = read_manifest(folder).base
     save_adapter(made.adapter, output, base_name=base.source or base.name, uniform=uniform)
     line(f"merge   {wish} by {choice}, {recipe.digest}")

@@ -1,7 +1,8 @@
-"""Materialize: a core -> PEFT-shaped factors of a given rank. What `export` writes and stock
+"""Materialize: a merge -> PEFT-shaped factors of a given rank. What `export` writes and stock
 servers load.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
-from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.bank import FactorBank, ModuleFactors
+from dynmerge.merging.merge import Merge
+
+Triplet = tuple[Tensor, Tensor, Tensor]  # P (d_out, k), S (k,), Q (d_in, k)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,7 +21,7 @@ class Materialized:
     """An adapter that stands for a merge, and how much of the merge it is.
 
     `energy` is the share of the merge's squared Frobenius norm that the rank keeps, over all
-    modules; 1 for a merge that is zero.
+    modules, of what the method itself kept; 1 for a merge that is zero.
     """
 
     adapter: Adapter
@@ -25,16 +29,15 @@ class Materialized:
     energy: float
 
 
-def materialize(bank: FactorBank, core: Tensor, rank: int | None = None) -> Materialized:
-    """The best adapter of at most `rank` (all of it by default) for the flat `core` (size,).
+def materialize(bank: FactorBank, merge: Merge, rank: int | None = None) -> Materialized:
+    """The best adapter of at most `rank` (all of it by default) for a merge of `bank`.
 
-    With C = P S Q^T of one module, B = U P S^1/2 and A = S^1/2 Q^T V^T: the truncation is the
-    nearest update of that rank because U and V are orthonormal.
+    With P S Q^T each module's thin SVD, B = P S^1/2 and A = S^1/2 Q^T: cut, they are the nearest
+    update of that rank.
     """
     updates: dict[str, LowRank] = {}
     kept = total = 0.0
-    for module, C in zip(bank.modules, bank.layout.split(core.double()), strict=True):
-        P, S, Qh = torch.linalg.svd(C, full_matrices=False)
+    for module, (P, S, Q) in _directions(bank, merge):
         width = _width(S) if rank is None else min(rank, _width(S))
         root = S[:width].sqrt()
         kept += float(S[:width].square().sum())
@@ -42,14 +45,36 @@ def materialize(bank: FactorBank, core: Tensor, rank: int | None = None) -> Mate
         if not width:
             continue  # a module that no skill in the merge touches
         updates[module.name] = LowRank(
-            A=(root[:, None] * (Qh[:width] @ module.V.double().mT)).float(),
-            B=((module.U.double() @ P[:, :width]) * root).float(),
+            A=(root[:, None] * Q[:, :width].mT).float(), B=(P[:, :width] * root).float()
         )
     adapter = Adapter(updates, bank.base.name)
-    return Materialized(adapter, max(adapter.ranks, default=0), kept / total if total else 1.0)
+    energy = (kept / total if total else 1.0) * merge.energy
+    return Materialized(adapter, max(adapter.ranks, default=0), energy)
+
+
+def _directions(bank: FactorBank, merge: Merge) -> Iterator[tuple[ModuleFactors, Triplet]]:
+    """Every module with the thin SVD of its update, float64."""
+    if merge.core is not None:
+        for module, C in zip(bank.modules, bank.layout.split(merge.core.double()), strict=True):
+            P, S, Qh = torch.linalg.svd(C, full_matrices=False)
+            yield module, (module.U.double() @ P, S, module.V.double() @ Qh.mT)
+    else:
+        own = merge.own or {}
+        for module in bank.modules:
+            if module.name in own:
+                yield module, _thin_svd(own[module.name])
+
+
+def _thin_svd(update: LowRank) -> Triplet:
+    Q_B, R_B = torch.linalg.qr(update.B.double())
+    Q_A, R_A = torch.linalg.qr(update.A.double().mT)
+    P, S, Qh = torch.linalg.svd(R_B @ R_A.mT)
+    return Q_B @ P, S, Q_A @ Qh.mT
 
 
 def _width(S: Tensor) -> int:
-    """How many of a core's singular values (descending) are more than float32 rounding."""
+    """How many singular values (descending) are more than float32 rounding."""
+    if not len(S):
+        return 0
     noise = S[0] * S.shape[0] * torch.finfo(torch.float32).eps
     return int((noise < S).sum())

@@ -1,31 +1,106 @@
-"""Merge: a recipe carried out. What the cache keeps and the engine runs."""
+"""Merge: a recipe carried out, what the cache keeps and the engine runs. Merger makes it."""
 
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
-from dynmerge.merging.methods import assemble
+from dynmerge.merging.methods import carry_out, support_of
+from dynmerge.merging.outcome import Thin
+from dynmerge.merging.support import Support
 from dynmerge.recipe import Recipe
+
+PREPARED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merge:
-    """The cores of all modules under one recipe, flat as the bank's layout says."""
+    """One update per module under one recipe: in the shared bases, or with factors of its own.
+
+    `core` is flat as the bank's layout says; where a method left the shared bases it is None and
+    `own` has the updates by module name instead. `energy` is the share of the method's squared norm
+    that is left of it.
+    """
 
     recipe: Recipe
-    core: Tensor  # (size,) in the engine's dtype, on the bank's device
+    core: Tensor | None  # (size,) in the engine's dtype, on the bank's device
+    own: dict[str, LowRank] | None = None
+    energy: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its own factors, 0 where it has none."""
+        return max((update.rank for update in (self.own or {}).values()), default=0)
 
     @property
     def nbytes(self) -> int:
         """Device bytes it keeps."""
-        return self.core.numel() * self.core.element_size()
+        held = [] if self.core is None else [self.core]
+        held += [factor for update in (self.own or {}).values() for factor in (update.A, update.B)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+class Merger:
+    """Makes the merges of one bank, and keeps what methods prepared for the supports used last.
+
+    At most `prepared` bytes of that, and what the merge at hand needs. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        bank: FactorBank,
+        dtype: torch.dtype = torch.float32,
+        prepared: int = PREPARED_BYTES,
+    ) -> None:
+        self.bank = bank
+        self._dtype = dtype
+        self._most = prepared
+        self._lock = threading.Lock()
+        self._supports: OrderedDict[tuple[tuple[int, int], ...], Support] = OrderedDict()
+
+    @torch.no_grad()
+    def merge(self, recipe: Recipe) -> Merge:
+        """Carry out `recipe`: computed in float32, cast once. The bank must be the recipe's own."""
+        if recipe.bank != self.bank.digest:
+            raise DynmergeError(
+                f"recipe {recipe.digest} is for another bank than {self.bank.digest[:12]}"
+            )
+        signs, weights = support_of(self.bank, recipe.preference)
+        if not signs:
+            return Merge(recipe, torch.zeros(self.bank.layout.size, dtype=self._dtype))
+        support = self._support(signs)
+        outcome = carry_out(support, weights, recipe.method)
+        self._forget()
+        if isinstance(outcome, Thin):
+            own = {
+                self.bank.modules[member].name: LowRank(
+                    A=update.A.to(self._dtype).contiguous(), B=update.B.to(self._dtype).contiguous()
+                )
+                for member, update in sorted(outcome.updates.items())
+            }
+            return Merge(recipe, None, own, outcome.energy)
+        return Merge(recipe, self.bank.flatten(outcome.groups).to(self._dtype))
+
+    def _support(self, signs: dict[int, int]) -> Support:
+        key = tuple(signs.items())
+        with self._lock:
+            support = self._supports.pop(key, None) or Support.of(self.bank, signs)
+            self._supports[key] = support
+            return support
+
+    def _forget(self) -> None:
+        with self._lock:
+            held = sum(support.nbytes for support in self._supports.values())
+            while held > self._most and self._supports:
+                _, support = self._supports.popitem(last=False)
+                held -= support.nbytes
 
 
 def merge(bank: FactorBank, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Merge:
-    """Carry out `recipe`: computed in float32, cast once. The bank must be the recipe's own."""
-    if recipe.bank != bank.digest:
-        raise DynmergeError(f"recipe {recipe.digest} is for another bank than {bank.digest[:12]}")
-    return Merge(recipe, assemble(bank, [recipe.preference], recipe.method)[0].to(dtype))
+    """One merge of a bank, with nothing kept for the next."""
+    return Merger(bank, dtype, prepared=0).merge(recipe)

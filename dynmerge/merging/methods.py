@@ -1,14 +1,11 @@
-"""METHODS: every merge rule by name, with its parameters and what it promises. Pure tensor
-functions.
+"""METHODS: every merge rule by name, with its parameters and what it promises.
 
-A method is a function of the bank, the weights of its tasks and its own parameters; it returns one
-core per preference. Nothing here knows caches, engines or text formats other than the method
-header's.
+A full method is `[pico+]METHOD[+svc]`: what comes before a merger, the merger, what comes after.
+Nothing here knows caches or engines. docs/merge-methods.md has the formulas.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import cast
 
@@ -16,139 +13,228 @@ import http_sf
 import torch
 from torch import Tensor
 
-from dynmerge.bank.bank import FactorBank, FactorGroup
+from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import MethodError
+from dynmerge.merging import pico, svc
+from dynmerge.merging.arithmetic import linear
+from dynmerge.merging.consensus import AGGREGATES, SUMS
+from dynmerge.merging.elementwise import dropping, elected, pruning, summed, trimming
+from dynmerge.merging.lego import lego
+from dynmerge.merging.outcome import Outcome
+from dynmerge.merging.parameters import Choice, Number, Parameter, Values, number
+from dynmerge.merging.spaces import SPACES
+from dynmerge.merging.sparsify import RESCALE
+from dynmerge.merging.spectral import iso_c, iso_c_dense, iso_cts, tsv_m
+from dynmerge.merging.support import Support
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Value
 
 HEADER = "X-Dynmerge-Method"
 DEFAULT = "linear"
+CALIBRATION, AFTER = "pico", "svc"
 
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A number that a method takes: its default and the closed range it must lie in."""
-
-    name: str
-    default: float
-    low: float
-    high: float
-    meaning: str
-
-    @property
-    def allowed(self) -> str:
-        """What may be given, in words."""
-        return f"{self.low:g} .. {self.high:g}"
-
-    def check(self, value: object, method: str, source: str) -> Value:
-        """`value` as a float within range, or MethodError naming both."""
-        if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-            raise MethodError(f"{source}: {method};{self.name} is a number, not {value!r}", source)
-        if not self.low <= value <= self.high:
-            raise MethodError(
-                f"{source}: {method};{self.name} must lie within {self.allowed}", source
-            )
-        # Three decimals are what a header can say, and so what a reply can echo.
-        return round(float(value), 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A word that a method takes, one of `choices`."""
-
-    name: str
-    default: str
-    choices: tuple[str, ...]
-    meaning: str
-
-    @property
-    def allowed(self) -> str:
-        """What may be given, in words."""
-        return "|".join(self.choices)
-
-    def check(self, value: object, method: str, source: str) -> Value:
-        """`value` as one of the choices, or MethodError naming them."""
-        if str(value) not in self.choices:
-            raise MethodError(
-                f"{source}: {method};{self.name} is one of {self.allowed}, not {str(value)!r}",
-                source,
-            )
-        return str(value)
-
-
-MergeFunction = Callable[[FactorBank, Tensor, Mapping[str, Value]], Tensor]
+# (support, its weights (skills,) none negative, parameters) -> one update per module
+Merger = Callable[[Support, Tensor, Values], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row of METHODS. `version` rises when the code changes what it returns."""
+    """A row of METHODS. `version` rises when the code changes what it returns.
 
-    merge: MergeFunction
+    `fixed` are values of parameters that the name settles. `dense` says that the method never
+    stays in the shared bases or takes long: it is carried out in the background.
+    """
+
+    merge: Merger
     version: int
     summary: str
-    parameters: tuple[Number | Choice, ...] = ()
-
-    def choose(self, name: str, given: Mapping[str, object], source: str) -> MethodChoice:
-        """The choice with defaults filled in.
-
-        MethodError on a parameter the method lacks or a value it does not take.
-        """
-        known = {parameter.name: parameter for parameter in self.parameters}
-        for key in given:
-            if key not in known:
-                raise MethodError(
-                    f"{source}: {name} has no parameter {key!r} "
-                    f"(it takes: {', '.join(known) or 'none'})",
-                    source,
-                )
-        values = [
-            (key, parameter.check(given.get(key, parameter.default), name, source))
-            for key, parameter in sorted(known.items())
-        ]
-        return MethodChoice(name, self.version, tuple(values))
+    parameters: tuple[Parameter, ...] = ()
+    fixed: Values = field(default_factory=dict)
+    dense: bool = False
 
 
-def linear(bank: FactorBank, weights: Tensor, parameters: Mapping[str, Value]) -> Tensor:
-    """Task Arithmetic: the exact weighted sum of deltas (PEFT's `cat`, not PEFT's `linear`).
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What may stand before or after a merger: its parameters. Its code is in `carry_out`."""
 
-    `weights` (..., tasks) float32 on the bank's device; returns flat cores (..., size). One batched
-    product per module shape, for all preferences: C = left diag(w) right.
-    Ilharco et al. 2023, arXiv:2212.04089.
-    """
-    scaled = float(parameters["scale"]) * weights
+    version: int
+    summary: str
+    parameters: tuple[Parameter, ...]
 
-    def core(group: FactorGroup) -> Tensor:  # (..., members, p, q)
-        directions = scaled[..., group.tasks]  # (..., K)
-        return (group.left * directions[..., None, None, :]) @ group.right
 
-    return bank.flatten([core(group) for group in bank.groups])
+SCALE = Number("scale", 1.0, 0.0, 4.0, "multiplies the merge, after everything else")
 
+
+def _p(default: float) -> Number:
+    meaning = "the norm that the weights keep; 1: as they are, inf: the largest is 1"
+    return Number("p", default, 1.0, 64.0, meaning, infinite=True)
+
+
+def _density(default: float) -> Number:
+    return Number("density", default, 0.001, 1.0, "the share of entries that is kept")
+
+
+def _seed() -> Number:
+    return Number("seed", 0.0, 0.0, 999_999.0, "another draw of what is dropped", whole=True)
+
+
+RANK = Number(
+    "rank", 0.0, 0.0, 4096.0, "in full space, the merge's rank; 0: all skills'", whole=True
+)
+SPACE = (Choice("space", "core", tuple(SPACES), "whose entries are looked at"), RANK)
+ELECTION = (
+    Choice("scope", "global", ("global", "module"), "all layers together, or each apart"),
+    Choice("sign", "mass", tuple(SUMS), "what elects an entry's sign"),
+    Choice("aggregate", "mean", tuple(AGGREGATES), "of the entries that agree"),
+    Choice("order", "paper", ("paper", "mergekit"), "elect, then weight; or the other way round"),
+)
+KNOTS: Values = {"space": "knots", "rank": 0.0}
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
-        linear,
-        version=1,
-        summary="the exact weighted sum of the skills' updates (Task Arithmetic)",
-        parameters=(
-            Number("scale", default=1.0, low=0.0, high=4.0, meaning="multiplies every weight"),
+        linear, 1, "the exact weighted sum of the skills' updates (Task Arithmetic)", (_p(1.0),)
+    ),
+    "ties": Method(
+        elected("ties", trimming),
+        1,
+        "trim, elect sign, disjoint mean",
+        (_density(0.2), *ELECTION, *SPACE),
+    ),
+    "dare-linear": Method(
+        summed("dare", dropping),
+        1,
+        "drop and rescale, then the weighted sum",
+        (_density(0.5), _seed(), _p(1.0), *SPACE),
+    ),
+    "dare-ties": Method(
+        elected("dare", dropping),
+        1,
+        "drop and rescale, then elect sign and disjoint mean",
+        (_density(0.5), _seed(), *ELECTION, *SPACE),
+    ),
+    "della": Method(
+        elected("della", pruning),
+        1,
+        "drop small entries more often, then elect sign and disjoint mean",
+        (
+            _density(0.7),
+            Number("epsilon", 0.07, 0.0, 0.5, "how far the density varies within a row"),
+            Choice("rescale", "entry", tuple(RESCALE), "what is restored"),
+            _seed(),
+            *ELECTION,
+            *SPACE,
         ),
+    ),
+    "knots-ties": Method(
+        elected("ties", trimming),
+        1,
+        "TIES on the skills' parts in a common basis of outputs",
+        (_density(0.2), *ELECTION),
+        fixed=KNOTS,
+        dense=True,
+    ),
+    "knots-dare-ties": Method(
+        elected("dare", dropping),
+        1,
+        "DARE-TIES on the skills' parts in a common basis of outputs",
+        (_density(0.9), _seed(), *ELECTION),
+        fixed=KNOTS,
+        dense=True,
+    ),
+    "tsv-m": Method(
+        tsv_m, 1, "singular directions of all skills, made orthogonal", (_p(float("inf")),)
+    ),
+    "iso-c": Method(
+        iso_c, 1, "the sum, with all its directions equally strong", (_p(float("inf")),)
+    ),
+    "iso-c-dense": Method(
+        iso_c_dense,
+        1,
+        "the same over all directions of the layer, as published; full rank",
+        (_p(float("inf")),),
+        dense=True,
+    ),
+    "iso-cts": Method(
+        iso_cts,
+        1,
+        "common directions and each skill's own, all equally strong",
+        (Number("common", 0.8, 0.0, 1.0, "the share of common directions"), _p(float("inf"))),
+    ),
+    "lego": Method(
+        lego,
+        1,
+        "clusters of alike rank-one pieces",
+        (
+            Number("clusters", 0.0, 0.0, 4096.0, "pieces per layer; 0: the rank", whole=True),
+            Number("iterations", 10.0, 1.0, 100.0, "k-means steps", whole=True),
+            Choice("signs", "raw", ("raw", "aligned"), "of pieces, as trained or turned alike"),
+            _seed(),
+        ),
+        dense=True,
+    ),
+}
+
+STEPS: Mapping[str, Step] = {
+    CALIBRATION: Step(
+        1,
+        "before a method: shrink what the skills share, restore the norm after it",
+        (
+            Choice("pool", "preference", ("preference", "static"), "skills pooled by weight"),
+            Choice("gauge", "raw", tuple(pico.GAUGES), "B as trained, or with A orthonormal"),
+            Choice("restore", "norm", ("norm", "none"), "gamma after the merge, or not"),
+        ),
+    ),
+    AFTER: Step(
+        1,
+        "after a method: turn down directions in which shared content adds up",
+        (Number("floor", 0.0, 0.0, 1.0, "the least a skill counts; 0: 1 / skills"),),
     ),
 }
 
 
 def parse_method(text: str, source: str = HEADER) -> MethodChoice:
     """Read an RFC 9651 item such as `ties;density=0.2`. Raises MethodError naming the choices."""
+    twice: list[str] = []
     try:
-        item = http_sf.parse(text.encode("ascii"), tltype="item")
+        item = http_sf.parse(
+            text.encode("ascii"),
+            tltype="item",
+            on_duplicate_key=lambda key, _context: twice.append(key),
+        )
     except (http_sf.StructuredFieldError, UnicodeEncodeError):
         raise MethodError(
             f"{source}: {text[:80]!r} is not a method; write one such as linear;scale=0.8", source
         ) from None
     value, given = cast("tuple[object, dict[str, object]]", item)
-    name = str(value)
-    if not isinstance(value, http_sf.Token) or name not in METHODS:
-        raise MethodError(f"{source}: no method {name!r} (known: {', '.join(METHODS)})", source)
-    return METHODS[name].choose(name, given, source)
+    if twice:
+        raise MethodError(f"{source}: the parameter {twice[0]!r} stands there twice", source)
+    if not isinstance(value, http_sf.Token):
+        raise MethodError(f"{source}: {_unknown(str(value))}", source)
+    return choose(str(value), given, source)
+
+
+def choose(name: str, given: Mapping[str, object], source: str) -> MethodChoice:
+    """The choice of method `name` with defaults filled in.
+
+    Raises MethodError on a name or parameter that is not known, or a value that is not allowed.
+    """
+    before, merger, after = _parts(name, source)
+    full = "+".join(part for part in (before, merger, after) if part)
+    rows: list[Method | Step] = [METHODS[merger]]
+    rows += [STEPS[part] for part in (before, after) if part]
+    known = {parameter.name: parameter for row in rows for parameter in row.parameters}
+    known[SCALE.name] = SCALE
+    for key in given:
+        if key not in known:
+            raise MethodError(
+                f"{source}: {full} has no parameter {key!r} (it takes: {', '.join(known)})", source
+            )
+    values = [
+        (key, parameter.check(given.get(key, parameter.default), full, source))
+        for key, parameter in sorted(known.items())
+    ]
+    _check_window(dict(values), full, source)
+    return MethodChoice(full, sum(row.version for row in rows), tuple(values))
 
 
 @cache
@@ -157,9 +243,65 @@ def default_method() -> MethodChoice:
     return parse_method(DEFAULT)
 
 
-def assemble(bank: FactorBank, preferences: Sequence[Preference], method: MethodChoice) -> Tensor:
-    """Flat cores (preferences, size) in float32 on the bank's device, all in one batched step."""
-    weights = torch.tensor(
-        [preference.vector(bank.names) for preference in preferences], device=bank.device
+def in_background(method: MethodChoice) -> bool:
+    """Whether a merge by `method` may take long: others should not wait behind it."""
+    _, merger, _ = _parts(method.name, HEADER)
+    values = dict(method.parameters)
+    return METHODS[merger].dense or values.get("space", "core") != "core"
+
+
+def support_of(bank: FactorBank, preference: Preference) -> tuple[dict[int, int], Tensor]:
+    """The tasks that take part with their signs, and their weights' magnitudes (skills,)."""
+    vector = preference.vector(bank.names)
+    signs = {task: 1 if weight > 0 else -1 for task, weight in enumerate(vector) if weight}
+    return signs, torch.tensor([abs(vector[task]) for task in signs], device=bank.device)
+
+
+def carry_out(support: Support, weights: Tensor, method: MethodChoice) -> Outcome:
+    """The merge of a support under its weights (skills,), all of them positive."""
+    before, merger, after = _parts(method.name, HEADER)
+    values: dict[str, Value] = {**dict(method.parameters), **METHODS[merger].fixed}
+    seen = pico.calibrated(support, weights, values) if before else support
+    outcome = METHODS[merger].merge(seen, weights, values)
+    if after:
+        outcome = svc.balanced(outcome, seen, weights, values)
+    if before:
+        outcome = pico.restored(outcome, support, weights, values)
+    scale = number(values, SCALE.name)
+    if scale == 1:
+        return outcome
+    factor = weights.new_tensor([scale])
+    return outcome.scaled(support, [factor] * len(support.groups))
+
+
+def _parts(name: str, source: str) -> tuple[str, str, str]:
+    """Calibration, merger and what comes after; empty where there is none."""
+    parts = name.split("+")
+    before = parts.pop(0) if parts[0] == CALIBRATION else ""
+    after = parts.pop() if len(parts) > 1 and parts[-1] == AFTER else ""
+    merger = parts.pop(0) if parts else DEFAULT
+    if parts or merger not in METHODS:
+        raise MethodError(f"{source}: {_unknown(name)}", source)
+    if after and merger == "iso-c-dense":
+        raise MethodError(f"{source}: {merger} has no directions for {AFTER} to tell apart", source)
+    return before, merger, after
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"no method {name[:80]!r} (known: {', '.join(METHODS)}; "
+        f"before any of them {CALIBRATION}+, after it +{AFTER})"
     )
-    return METHODS[method.name].merge(bank, weights, dict(method.parameters))
+
+
+def _check_window(values: Values, name: str, source: str) -> None:
+    """MethodError unless DELLA's probabilities stay within (0, 1]."""
+    if "epsilon" not in values:
+        return
+    density, epsilon = number(values, "density"), number(values, "epsilon")
+    if density - epsilon <= 0 or density + epsilon > 1:
+        raise MethodError(
+            f"{source}: {name};density={density:g};epsilon={epsilon:g} keeps entries with "
+            "probability density - epsilon .. density + epsilon, which must lie within (0, 1]",
+            source,
+        )

@@ -116,6 +116,24 @@ def test_progress_is_told_after_each_module() -> None:
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_no_skill_is_named_as_the_base_model_is_served() -> None:
+    adapter = random_adapter(RANKS["ada"], 0)
+    for name in (BASE.name, f"models/{BASE.name}"):
+        with pytest.raises(BankError, match=f"'{BASE.name}': that names the base model"):
+            build_bank(replace(BASE, name=name), {BASE.name: adapter})
+    assert build_bank(replace(BASE, name="other"), {BASE.name: adapter}).names == (BASE.name,)
+
+
+@pytest.mark.parametrize("name", ["a@b", "a=b", "a,b", "a b", "a;raw", "", "Ada"])
+def test_no_skill_has_a_name_that_a_preference_cannot_write(name: str) -> None:
+    with pytest.raises(PreferenceError, match="is not a skill name"):
+        build_bank(BASE, {name: random_adapter(RANKS["ada"], 0)})
+
+
+def test_the_bank_says_the_distinct_ranks_of_every_task() -> None:
+    assert random_bank().ranks == ((2,), (1, 3, 4), (3, 5))
+
+
 def test_what_cannot_be_a_bank_is_refused() -> None:
     adapter = random_adapter(RANKS["ada"], 0)
     with pytest.raises(BankError, match="at least one adapter"):

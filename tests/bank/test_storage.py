@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dynmerge.bank import storage
 from dynmerge.bank.build import build_bank
-from dynmerge.bank.storage import check_base, load_bank, read_manifest, save_bank
+from dynmerge.bank.storage import check_base, check_target, load_bank, read_manifest, save_bank
 from dynmerge.errors import BankError
 from tests.bank_factory import BASE, RANKS, flat_cores, random_adapter, random_adapters, random_bank
 
@@ -119,7 +119,7 @@ def test_it_is_for_one_base_model() -> None:
 
 
 def test_an_existing_bank_is_replaced_only_on_request(folder: Path) -> None:
-    with pytest.raises(BankError, match="already holds a bank"):
+    with pytest.raises(BankError, match="already holds a bank; to replace it, say replace=True"):
         save_bank(OTHER, folder)
     assert load_bank(folder).names == BANK.names
     save_bank(OTHER, folder, replace=True)
@@ -171,6 +171,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_bank(BANK, tmp_path / "file" / "bank")
 
 
+@contextmanager
+def rights_of_nobody() -> Iterator[None]:
+    """Root may read whatever its mode says, so a test of modes is for somebody else."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    folder.parent.chmod(0o711)
+    folder.chmod(0)
+    try:
+        with rights_of_nobody():
+            with pytest.raises(BankError, match=r"cannot read bank.bank\.json: Permission denied"):
+                load_bank(Path("bank"))
+            with pytest.raises(BankError, match="cannot look into bank: Permission denied"):
+                check_target(Path("bank"), replace=True)
+    finally:
+        folder.chmod(0o755)
+
+
+def test_factors_that_are_a_link_to_themselves_are_refused(folder: Path) -> None:
+    (file,) = folder.glob("factors-*")
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(BankError, match=file.name):
+        load_bank(folder)
+
+
 def test_a_writer_killed_at_any_step_leaves_what_was_there_or_the_new_bank(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bank.killed_writer", str(tmp_path)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout
@@ -218,8 +254,8 @@ def test_a_flipped_bit_or_a_lost_byte_of_the_factors_is_noticed(folder: Path) ->
         (b"[]", "not the description of a dynmerge bank"),
         (b"{}", "not the description of a dynmerge bank"),
         (b'{"format": "1"}', "not the description of a dynmerge bank"),
-        (b'{"format": 2, "anything": []}', "has format 2; this dynmerge .* reads format 1"),
-        (b'{"format": 1}', "was changed after it was written"),
+        (b'{"format": 1, "anything": []}', "has format 1; this dynmerge .* reads format 2"),
+        (b'{"format": 2}', "was changed after it was written"),
     ],
 )
 def test_a_description_that_is_none_is_refused(

@@ -1,10 +1,11 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
@@ -12,10 +13,15 @@ from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.transformers.layers import Layers, Piece, pieces
 from dynmerge.errors import BankError
-from dynmerge.merging.merge import Merge
+from dynmerge.merging.merge import Merge, merge
+from dynmerge.merging.methods import parse_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
 from tests.conftest import tiny_model
 from tests.engines.conftest import Bench, skills
+from tests.merging.dense import written_out
 from tests.reference import merged_deltas
+from tests.reference import written_out as dense_model
 
 WEIGHTS = [
     {"ada": 1.0},
@@ -47,6 +53,27 @@ def merges(bench: Bench) -> list[Merge | None]:
     return [bench.merge(**weights) if weights else None for weights in WEIGHTS]
 
 
+# Merges with factors of their own among cores in the shared bases and the base model.
+MIXED: Sequence[tuple[Mapping[str, float], str] | None] = (
+    ({"ada": 0.2, "bob": 0.5, "cyd": 0.3}, "ties;space=full"),
+    ({"ada": 1.0}, "linear"),
+    None,
+    ({"cyd": -0.7, "bob": 1.1}, "knots-ties;density=0.6"),
+    ({"ada": 0.6, "cyd": 0.4}, "pico+tsv-m"),
+)
+OWN_AND_BASE = (None, MIXED[0], MIXED[3], None, MIXED[0])
+ALL_OWN = (MIXED[0], MIXED[0], MIXED[3], ({"bob": 1.0}, "iso-c-dense"), MIXED[3])
+BATCHES = {"mixed": MIXED, "own and base": OWN_AND_BASE, "all own": ALL_OWN}
+
+
+def made(bench: Bench, asked: tuple[Mapping[str, float], str] | None) -> Merge | None:
+    if asked is None:
+        return None
+    weights, method = asked
+    preference = Preference.of(weights, normalize=False, allow_negative=True)
+    return merge(bench.bank, Recipe(preference, parse_method(method), bench.bank.digest))
+
+
 def hidden(model: nn.Module, tokens: Sequence[int]) -> Tensor:
     """The logits of one sequence."""
     with torch.no_grad():
@@ -73,6 +100,71 @@ def test_every_token_passes_through_its_own_merge(kind: str, lengths: list[int])
         delta = merged_deltas(bench.adapters, weights)[module.name]
         expected = before.double() + part.double() @ delta.T
         torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "lengths", [[1] * 5, [2, 1, 3, 2, 2], [1, 1, 1, 4, 1]], ids=["decode", "prefill", "both"]
+)
+def test_every_token_passes_through_its_own_merge_whatever_bases_the_others_are_in(
+    kind: str, batch: str, lengths: list[int]
+) -> None:
+    bench, layers = parts(kind)
+    names = dict(bench.model.named_modules())
+    found = {id(asked): made(bench, asked) for asked in BATCHES[batch]}
+    merges = [found[id(asked)] for asked in BATCHES[batch]]
+    assert any(each is not None and each.own is not None for each in merges)
+    generator = torch.Generator().manual_seed(1)
+    for module in bench.bank.modules:
+        target = names[module.name]
+        x = torch.randn(1, sum(lengths), len(module.V), generator=generator)
+        with torch.no_grad():
+            layers.clear()
+            plain = target(x)[0].split(lengths)
+            layers.prepare(merges, lengths)
+            after = target(x)[0].split(lengths)
+        for each, part, before, now in zip(merges, x[0].split(lengths), plain, after, strict=True):
+            if each is None:
+                assert torch.equal(now, before)
+            else:
+                delta = written_out(bench.bank, each)[module.name]
+                expected = before.double() + part.double() @ delta.T
+                torch.testing.assert_close(now.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_batches_in_and_outside_the_shared_bases_follow_one_another(kind: str) -> None:
+    bench, layers = parts(kind)
+    untouched = hidden(MODELS[kind](), range(3, 9))
+    found = {}
+    for asked in (*MIXED, *reversed(MIXED)):
+        layers.prepare([made(bench, asked)], [6])
+        logits = hidden(bench.model, range(3, 9))
+        if asked is None:
+            assert torch.equal(logits, untouched)
+        else:
+            assert (logits - untouched).abs().max() > 1e-2
+        assert torch.equal(found.setdefault(id(asked), logits), logits)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_hooked_model_is_the_model_with_a_merge_of_its_own_factors_written_out(
+    kind: str,
+) -> None:
+    bench, layers = parts(kind)
+    each = made(bench, MIXED[0])
+    assert each is not None
+    layers.prepare([each], [6])
+    found = hidden(bench.model, range(3, 9))
+    plain = MODELS[kind]()
+    names = dict(plain.named_modules())
+    deltas = {
+        name: delta.T if isinstance(names[name], Conv1D) else delta
+        for name, delta in written_out(bench.bank, each).items()
+    }
+    dense = dense_model(plain, deltas)
+    torch.testing.assert_close(found, hidden(dense, range(3, 9)), rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,10 +1,11 @@
 """Layers: adds U (C (V^T x)) to each linear layer the bank knows, every token under its own C.
 
-The base model's weights are read and never written. A step's plan is made once, before the forward
-pass, and the hooks only follow it. A core is held as C^T (q, p): activations come in rows.
+A merge that left the shared bases adds B (A x) with factors of its own instead. The base model's
+weights are read and never written. A step's plan is made once, before the forward pass, and the
+hooks only follow it. A core is held as C^T (q, p): activations come in rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import CoreLayout, FactorBank, ModuleFactors
 from dynmerge.errors import BankError
 from dynmerge.merging.merge import Merge
@@ -30,13 +32,23 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Outside:
+    """Tokens [start, stop) under a merge with factors of its own, by module name."""
+
+    start: int
+    stop: int
+    updates: Mapping[str, LowRank]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """How one batch maps to cores. `cores[module]` is what `whole` or `each` multiplies with."""
 
     tokens: int
-    kind: str  # whole: one core for all tokens; each: one per token; pieces: neither
+    kind: str  # whole: one core for all tokens; each: one per token; pieces: neither; none
     cores: Sequence[Tensor]
     pieces: tuple[Piece, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
 
 class CoreRows:
@@ -75,7 +87,7 @@ class CoreRows:
     def _write(self, row: int, merge: Merge | None) -> None:
         for span, block in self._blocks:
             modules, _, q, p = block.shape
-            if merge is None:
+            if merge is None or merge.core is None:
                 block[:, row].zero_()
             else:
                 block[:, row].copy_(merge.core[span].view(modules, p, q).mT)
@@ -128,7 +140,7 @@ class Layers:
         key = (*digests, *lengths)
         if self._made is None or self._made[0] != key:
             self._made = None  # its rows are about to change
-            self._made = key, self._planned(merges, digests, lengths)
+            self._made = key, self._planned(merges, lengths)
         self.plan = self._made[1]
 
     def clear(self) -> None:
@@ -141,17 +153,23 @@ class Layers:
         for hook in self._hooks:
             hook.remove()
 
-    def _planned(
-        self, merges: Sequence[Merge | None], digests: Sequence[str], lengths: Sequence[int]
-    ) -> Plan:
-        tokens = sum(lengths)
+    def _planned(self, merges: Sequence[Merge | None], lengths: Sequence[int]) -> Plan:
+        tokens, outside = sum(lengths), outsiders(merges, lengths)
+        if outside and self.device.type == "cuda":
+            # Made on another stream than the one the forward pass runs on.
+            torch.cuda.current_stream(self.device).synchronize()
+        shared = [None if merge is None or merge.core is None else merge for merge in merges]
+        digests = [digest_of(merge) for merge in shared]
+        if not any(digests):
+            return Plan(tokens, "none", (), outside=outside)
         if len(set(digests)) == 1:
-            self._rows.place(merges[:1])
+            self._rows.place(shared[:1])
             return Plan(tokens, "whole", [view[0] for view in self._rows.views])
-        self._rows.place(merges)
-        if tokens == len(merges):
-            return Plan(tokens, "each", [view[:tokens] for view in self._rows.views])
-        return Plan(tokens, "pieces", self._rows.views, pieces(digests, lengths))
+        self._rows.place(shared)
+        if tokens == len(shared):
+            cores = [view[:tokens] for view in self._rows.views]
+            return Plan(tokens, "each", cores, outside=outside)
+        return Plan(tokens, "pieces", self._rows.views, pieces(digests, lengths), outside)
 
     def _hook(
         self, index: int, module: ModuleFactors
@@ -164,18 +182,17 @@ class Layers:
             plan = self.plan
             if plan is None:
                 return
-            z = inputs[0].reshape(-1, d_in).mm(V)
-            if len(z) != plan.tokens:
-                raise RuntimeError(f"{module.name}: {len(z)} tokens came, {plan.tokens} planned")
-            cores = plan.cores[index]
-            if plan.kind == "each":
-                z = torch.bmm(z.unsqueeze(1), cores).squeeze(1)
-            elif plan.kind == "whole":
-                z = z.mm(cores)
-            else:
-                z = _piecewise(z, cores, plan.pieces)
+            x, y = inputs[0].reshape(-1, d_in), output.view(-1, d_out)
+            if len(x) != plan.tokens:
+                raise RuntimeError(f"{module.name}: {len(x)} tokens came, {plan.tokens} planned")
             # A linear layer's output is fresh: nothing else sees it yet.
-            output.view(-1, d_out).addmm_(z, UT)
+            if plan.kind != "none":
+                y.addmm_(_through(x.mm(V), plan, index), UT)
+            for piece in plan.outside:
+                update = piece.updates.get(module.name)
+                if update is not None:
+                    part = x[piece.start : piece.stop].mm(update.A.mT)
+                    y[piece.start : piece.stop].addmm_(part, update.B.mT)
 
         return add_update
 
@@ -204,6 +221,30 @@ def pieces(digests: Sequence[str], lengths: Sequence[int]) -> tuple[Piece, ...]:
             found.append(Piece(start, stop, row, 1))
         row, start = row + len(members), stop
     return tuple(found)
+
+
+def outsiders(merges: Sequence[Merge | None], lengths: Sequence[int]) -> tuple[Outside, ...]:
+    """The runs of tokens under one merge with factors of its own."""
+    found: list[Outside] = []
+    stop = 0
+    for merge, length in zip(merges, lengths, strict=True):
+        start, stop = stop, stop + length
+        if merge is None or merge.own is None:
+            continue
+        if found and found[-1].stop == start and found[-1].updates is merge.own:
+            start = found.pop().start
+        found.append(Outside(start, stop, merge.own))
+    return tuple(found)
+
+
+def _through(z: Tensor, plan: Plan, index: int) -> Tensor:
+    """(tokens, p): z (tokens, q) times the cores of module `index`."""
+    cores = plan.cores[index]
+    if plan.kind == "each":
+        return torch.bmm(z.unsqueeze(1), cores).squeeze(1)
+    if plan.kind == "whole":
+        return z.mm(cores)
+    return _piecewise(z, cores, plan.pieces)
 
 
 def _piecewise(z: Tensor, cores: Tensor, plan: tuple[Piece, ...]) -> Tensor:

@@ -1,0 +1,175 @@
+"""Spaces: the coordinates in which an elementwise method sees the updates, and the way back.
+
+Core space is the bank's own and is held whole; KnOTS and full space are dense in at least one
+dimension and are made module by module, as often as they are looked at.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dynmerge.adapters.lowrank import LowRank
+from dynmerge.bank.bank import FactorGroup, ModuleFactors
+from dynmerge.merging.outcome import Cores, Outcome, Thin
+from dynmerge.merging.sparsify import Block, generator
+from dynmerge.merging.spectral import real, svd
+from dynmerge.merging.support import Support
+
+Step = Callable[[Block], tuple[Tensor, ...]]  # the entries, and notes on them
+Maker = Callable[[], Step]  # looks at the whole model first
+EXACT = 1024  # min(d_out, d_in) up to which a dense SVD finds the best rank
+OVERSAMPLING, ITERATIONS = 16, 6
+
+
+class Space(Protocol):
+    """A support's entries in some coordinates, and how a merge of them becomes updates again."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The entries of all modules."""
+        ...
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step, kept under `key` (unless None) where the space is small."""
+        ...
+
+    def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
+        """The merged entries (members, a, b) of every block as updates, of at most `rank`."""
+        ...
+
+
+class CoreSpace:
+    """The cores X_i in the bank's shared bases."""
+
+    def __init__(self, support: Support) -> None:
+        self._support = support
+
+    def blocks(self) -> Iterator[Block]:
+        """One block for each group of the support."""
+        for group in self._support.groups:
+            yield Block(_names(self._support, group), tuple(group.present), group.cores())
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step, kept with the support."""
+
+        def make() -> list[tuple[Tensor, ...]]:
+            step = maker()
+            return [step(block) for block in self.blocks()]
+
+        kept = make() if key is None else self._support.keep(key, make)
+        return [
+            Block(_names(self._support, group), tuple(group.present), entries, tuple(notes))
+            for group, (entries, *notes) in zip(self._support.groups, kept, strict=True)
+        ]
+
+    def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
+        """They are cores already; they have the bases' rank, whatever `rank`."""
+        return Cores(list(merged))
+
+
+class _ModuleByModule:
+    """A space too large to hold: one module at a time, made again for each look."""
+
+    def __init__(self, support: Support) -> None:
+        self.support = support
+
+    def blocks(self) -> Iterator[Block]:
+        """One block for each module."""
+        for _, module, group, cores in _modules(self.support):
+            yield Block((module.name,), tuple(group.present), self.entries(module, cores)[None])
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step, one at a time."""
+        step = maker()
+        for block in self.blocks():
+            entries, *notes = step(block)
+            yield Block(block.modules, block.present, entries, tuple(notes))
+
+    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+        """(skills, a, b) from the module's cores (skills, p, q)."""
+        raise NotImplementedError
+
+
+class KnotsSpace(_ModuleByModule):
+    """P_i (R, d_in) with X_i = U Q P_i, where Q are the left singular vectors of [X_1 .. X_T].
+
+    Stoica et al. 2025, arXiv:2410.19735. V is orthonormal, so the SVD is that of the cores side by
+    side.
+    """
+
+    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+        """(skills, R, d_in)."""
+        return _left_basis(cores).mT @ cores @ module.V.to(cores).mT
+
+    def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
+        """U Q times the merged P: exact, whatever `rank`."""
+        updates: dict[int, LowRank] = {}
+        for (member, module, _, cores), P in zip(_modules(self.support), merged, strict=True):
+            updates[member] = LowRank(A=P[0], B=module.U.to(cores) @ _left_basis(cores))
+        return Thin(updates)
+
+
+class FullSpace(_ModuleByModule):
+    """The dense updates themselves, (skills, d_out, d_in)."""
+
+    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+        """(skills, d_out, d_in)."""
+        return module.U.to(cores) @ cores @ module.V.to(cores).mT
+
+    def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
+        """Cut to the best `rank`; 0 is the sum of the support's ranks in the module."""
+        updates: dict[int, LowRank] = {}
+        kept = total = 0.0
+        for (member, module, group, _), dense in zip(_modules(self.support), merged, strict=True):
+            update = best_rank(dense[0], rank or sum(group.ranks), module.name)
+            updates[member] = update
+            kept += float(update.B.square().sum())  # A's rows are orthonormal
+            total += float(dense.square().sum())
+        return Thin(updates, kept / total if total else 1.0)
+
+
+SPACES: dict[str, Callable[[Support], Space]] = {
+    "core": CoreSpace,
+    "knots": KnotsSpace,
+    "full": FullSpace,
+}
+
+
+def best_rank(dense: Tensor, rank: int, name: str = "") -> LowRank:
+    """The update of at most `rank` nearest to `dense` (d_out, d_in); A's rows are orthonormal.
+
+    By a dense SVD, or for large layers by subspace iteration from a start drawn for `name` (Halko
+    et al. 2011, arXiv:0909.4061), whose loss is part of the energy that is reported.
+    """
+    rank = min(rank, *dense.shape)
+    width = rank + OVERSAMPLING
+    if min(dense.shape) <= EXACT or 4 * width > min(dense.shape):
+        P, S, Q = svd(dense)
+        return LowRank(A=Q[:, :rank].mT, B=P[:, :rank] * S[:rank])
+    start = torch.randn(len(dense), width, generator=generator(0, "best_rank", name))
+    basis = torch.linalg.qr(start.to(dense)).Q
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(dense.mT @ basis).Q
+        basis = torch.linalg.qr(dense @ basis).Q
+    P, S, Q = svd(basis.mT @ dense)
+    return LowRank(A=Q[:, :rank].mT, B=basis @ P[:, :rank] * S[:rank])
+
+
+def _modules(support: Support) -> Iterator[tuple[int, ModuleFactors, FactorGroup, Tensor]]:
+    """Every module the support changes: its place, factors, group, and cores (skills, p, q)."""
+    for group in support.groups:
+        if group.present:
+            cores = group.cores()
+            for index, member in enumerate(group.members):
+                yield member, support.bank.modules[member], group, cores[index]
+
+
+def _left_basis(cores: Tensor) -> Tensor:
+    """(p, R): the left singular vectors of the cores (skills, p, q) side by side, but rounding."""
+    P, S, _ = svd(torch.cat(list(cores), dim=1))
+    return P[:, real(S)]
+
+
+def _names(support: Support, group: FactorGroup) -> tuple[str, ...]:
+    return tuple(support.bank.modules[member].name for member in group.members)

@@ -1,0 +1,123 @@
+"""Every method against its dense float64 twin, on adapters that differ in rank and modules."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynmerge.merging.lego import starts
+from dynmerge.merging.methods import METHODS, parse_method
+from dynmerge.merging.sparsify import uniform
+from tests import reference
+from tests.merging.dense import ADAPTERS, BANK, assert_same, merged
+
+WEIGHTS: Sequence[Mapping[str, float]] = (
+    {"ada": 0.5, "bob": 0.3, "cyd": 0.2},
+    {"ada": 0.6, "bob": 0.4},
+    {"bob": 1.0},
+    {"ada": 1.5, "bob": -0.25, "cyd": 0.5},
+)
+SPACES = ("core", "knots", "full")
+ELEMENTWISE = ("ties", "dare-linear", "dare-ties", "della")
+METHOD_TEXTS = (
+    *(name for name in METHODS if name != "iso-c-dense"),
+    "linear;scale=0.8",
+    "linear;p=4",
+    "linear;p=inf",
+    *(f"{name};space={space}" for name in ELEMENTWISE for space in SPACES),
+    "ties;density=1",
+    "ties;scope=module",
+    "ties;scope=module;space=full;density=0.5",
+    "ties;sign=count",
+    "ties;sign=count;space=full",
+    "ties;aggregate=sum",
+    "ties;order=mergekit;density=0.6",
+    "ties;order=mergekit;scope=module;space=full",
+    "ties;space=full;rank=2",
+    "dare-linear;density=0.2;seed=7;p=2",
+    "dare-ties;scope=module;sign=count",
+    "della;rescale=l1;epsilon=0.2",
+    "della;rescale=l1;space=full",
+    "knots-ties;density=0.7;sign=count",
+    "tsv-m;p=1",
+    "iso-c;p=1;scale=2",
+    "iso-cts;common=0.4",
+    "iso-cts;common=1",
+    "lego;clusters=2",
+    "lego;signs=aligned;seed=3",
+    "pico",
+    "pico;pool=static",
+    "pico;gauge=canonical",
+    "pico;restore=none;gauge=canonical;pool=static",
+    "pico+ties",
+    "pico+ties;space=full",
+    "pico+tsv-m",
+    "pico+iso-cts",
+    "pico+knots-ties",
+    "pico+lego",
+    "linear+svc",
+    "linear+svc;floor=1",
+    "ties+svc",
+    "ties+svc;space=full",
+    "knots-ties+svc",
+    "iso-c+svc",
+    "iso-cts+svc",
+    "tsv-m+svc;floor=1",
+    "pico+dare-ties+svc;gauge=canonical;scale=1.5",
+)
+
+
+def drawn(seed: int) -> reference.Draws:
+    tasks = {task.name: task for task in BANK.tasks}
+
+    def draws(skill: str, module: str, shape: tuple[int, int]) -> Tensor:
+        return uniform(shape, seed, tasks[skill], module)
+
+    return draws
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("text", METHOD_TEXTS)
+def test_a_method_is_its_dense_twin(text: str, weights: Mapping[str, float]) -> None:
+    choice = parse_method(text)
+    values = dict(choice.parameters)
+    seed = int(values.get("seed", 0))
+    bases = {module.name: (module.U.double(), module.V.double()) for module in BANK.modules}
+    expected = reference.merged_by(
+        choice.name,
+        ADAPTERS,
+        weights,
+        values,
+        draws=drawn(seed),
+        starts=lambda module, units, clusters: starts(module, units, clusters, seed),
+        bases=bases,
+    )
+    assert_same(merged(weights, text), expected)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_iso_c_dense_is_flat_in_all_directions_and_right_in_the_real_ones(
+    weights: Mapping[str, float],
+) -> None:
+    choice = dict(parse_method("iso-c-dense").parameters)
+    expected = reference.isotropic_dense_part(ADAPTERS, weights, choice)
+    for module, update in merged(weights, "iso-c-dense").items():
+        real = expected.get(module, torch.zeros_like(update))
+        if real.abs().max() == 0:
+            assert update.abs().max() == 0
+            continue
+        singular = torch.linalg.svdvals(update)
+        torch.testing.assert_close(singular, singular.mean().expand_as(singular), rtol=1e-5, atol=0)
+        left, _, right = reference.real_svd(real)
+        inside = left @ left.mT @ update @ right @ right.mT
+        assert_same({module: inside}, {module: real})
+
+
+def test_the_bases_are_those_of_core_space() -> None:
+    for module in BANK.modules:
+        U, V = reference.core_bases(ADAPTERS, module.name)
+        for mine, its in ((module.U.double(), U), (module.V.double(), V)):
+            assert mine.shape == its.shape
+            signs = (mine * its).sum(0).sign()
+            torch.testing.assert_close(mine, its * signs, rtol=0, atol=1e-5)
