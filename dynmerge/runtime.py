@@ -18,7 +18,7 @@ from dynmerge.engines.engine import Chunk, Engine, Generation
 from dynmerge.errors import ConfigError, EngineDead
 from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.merge import Merge, Merger
-from dynmerge.merging.methods import default_method, in_background
+from dynmerge.merging.methods import check_bank, default_method, in_background
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -93,9 +93,15 @@ class Runtime:
         method: MethodChoice | None = None,
         source: str = "preference",
     ) -> Recipe:
-        """The recipe of a request. Raises PreferenceError on a skill the bank does not have."""
+        """The recipe of a request.
+
+        Raises PreferenceError on a skill the bank does not have, MethodError on a method that needs
+        what the bank does not carry.
+        """
         preference.require(self.skills, source)
-        return Recipe(preference, method or default_method(), self.bank.digest)
+        chosen = method or default_method()
+        check_bank(chosen, self.bank)
+        return Recipe(preference, chosen, self.bank.digest)
 
     async def lease(self, recipe: Recipe) -> Lease:
         """Hold the merge of `recipe`, making it if nobody has; the caller releases it.

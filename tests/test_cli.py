@@ -256,6 +256,39 @@ def test_export_refuses_what_makes_no_adapter(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_soup_weights_are_put_into_the_bank_and_a_bank_without_refuses_the_method(
+    run: Run, bank: Path, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = load_bank(bank)
+    soups = {module.name: dict.fromkeys(plain.names, 0.25) for module in plain.modules}
+    (tmp_path / "soups.json").write_text(json.dumps(soups))
+    words = build_words(base_folder, adapter_folders, tmp_path / "bank")
+    assert run(*words, "--soup-weights", tmp_path / "soups.json")[0] == 0
+    export = ("-p", "ada=1", "--method", "lora-soups", "-o", tmp_path / "merge")
+    assert run("export", tmp_path / "bank", *export)[0] == 0
+    code, _, err = run("export", bank, *export)
+    assert code == 2
+    assert "lora-soups needs learned weights, which this bank does not carry" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(None, "No such file"), ("[]", "should be an object"), ('{"a": {"b": "1"}}', "a.b: ")],
+)
+def test_a_file_that_holds_no_soup_weights_is_refused_before_anything_is_built(
+    run: Run, tmp_path: Path, text: str | None, says: str
+) -> None:
+    file = tmp_path / "soups.json"
+    if text is not None:
+        file.write_text(text)
+    words = build_words(Path("no-such-base"), {"ada": Path("no-such")}, tmp_path / "bank")
+    code, _, err = run(*words, "--soup-weights", file)
+    assert code == 2
+    assert f"--soup-weights {file}" in err
+    assert says in err
+    assert not (tmp_path / "bank").exists()
+
+
 def test_export_writes_into_no_folder_that_is_there(run: Run, bank: Path, tmp_path: Path) -> None:
     code, _, err = run("export", bank, "-p", "ada=1", "-o", tmp_path)
     assert code == 2

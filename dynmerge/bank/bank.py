@@ -43,7 +43,8 @@ class Task:
 class ModuleFactors:
     """One linear layer: shared bases, and every task's factors in them, stacked over tasks.
 
-    `ranks[i]` is task i's rank here, 0 where it leaves this module alone; K = sum(ranks).
+    `ranks[i]` is task i's rank here, 0 where it leaves this module alone; K = sum(ranks). `soup`
+    are weights that somebody learned for the tasks here (`lora-soups`), if any.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModuleFactors:
     left: Tensor  # (p, K): task i's columns are U^T B_i
     right: Tensor  # (K, q): task i's rows are A_i V
     ranks: tuple[int, ...]
+    soup: tuple[float, ...] | None = None
 
     @property
     def core_shape(self) -> tuple[int, int]:
@@ -103,6 +105,7 @@ class FactorGroup:
     left: Tensor  # (members, p, K)
     right: Tensor  # (members, K, q)
     ranks: tuple[int, ...]
+    soups: Tensor | None = None  # (members, tasks)
 
     @property
     def present(self) -> list[int]:
@@ -153,6 +156,8 @@ class FactorBank:
             raise BankError(f"a bank's tasks are distinct and sorted by name; these are {names}")
         if not self.modules:
             raise BankError("a bank holds at least one module")
+        if any((module.soup is None) == self.has_soups for module in self.modules):
+            raise BankError("a bank has learned weights for all of its modules, or for none")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -172,12 +177,19 @@ class FactorBank:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over what determines every merge: format, base fingerprint, adapters' content."""
-        fields = {
+        fields: dict[str, object] = {
             "format": FORMAT,
             "base": self.base.fingerprint,
             "tasks": [[task.name, task.digest] for task in self.tasks],
         }
+        if self.has_soups:
+            fields["soups"] = [[module.name, module.soup] for module in self.modules]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def has_soups(self) -> bool:
+        """Whether it carries learned weights for `lora-soups`: for all modules, or for none."""
+        return self.modules[0].soup is not None
 
     @cached_property
     def layout(self) -> CoreLayout:
@@ -199,6 +211,9 @@ class FactorBank:
             left=torch.stack([module.left for module in modules]),
             right=torch.stack([module.right for module in modules]),
             ranks=modules[0].ranks,
+            soups=torch.tensor([module.soup for module in modules], device=self.device)
+            if self.has_soups
+            else None,
         )
 
     def flatten(self, cores: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,9 @@
 By QR of the stacked factors and an SVD of what is left, never of a dense update.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 
 import torch
@@ -75,6 +77,39 @@ def share_bases(module: str, updates: Sequence[LowRank | None]) -> ModuleFactors
         right=right.mT.float().contiguous(),
         ranks=tuple(0 if update is None else update.rank for update in updates),
     )
+
+
+def with_soups(bank: FactorBank, weights: Mapping[str, Mapping[str, float]]) -> FactorBank:
+    """The bank with learned weights for `lora-soups`: module name -> task name -> weight.
+
+    Raises BankError unless they are finite and are there for every task of every module, and for
+    nothing else; a task's weight in a module that it leaves alone may be missing.
+    """
+    _check_keys("module", weights, [module.name for module in bank.modules])
+    modules = []
+    for module in bank.modules:
+        given = weights[module.name]
+        having = [name for name, rank in zip(bank.names, module.ranks, strict=True) if rank]
+        _check_keys(f"{module.name}: skill", given, having, optional=bank.names)
+        soup = tuple(
+            float(given.get(name, 0.0)) if rank else 0.0
+            for name, rank in zip(bank.names, module.ranks, strict=True)
+        )
+        if not all(map(math.isfinite, soup)) or sum(soup) <= 0 or min(soup) < 0:
+            raise BankError(f"{module.name}: soup weights are not negative, finite, and not all 0")
+        modules.append(replace(module, soup=soup))
+    return replace(bank, modules=tuple(modules))
+
+
+def _check_keys(
+    what: str, given: Iterable[str], wanted: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    missing = sorted(set(wanted) - set(given))
+    unknown = sorted(set(given) - set(wanted) - set(optional))
+    if missing:
+        raise BankError(f"soup weights: {what} {missing[0]!r} has none")
+    if unknown:
+        raise BankError(f"soup weights: {what} {unknown[0]!r} is not in the bank")
 
 
 def _singular_basis(stacked: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,7 @@ class ModuleEntry(Entry):
     p: Size
     q: Size
     ranks: tuple[Rank, ...]
+    soup: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
 
     @pydantic.model_validator(mode="after")
     def _widths_fit(self) -> "ModuleEntry":
@@ -139,6 +140,8 @@ class Manifest(Entry):
                 raise ValueError(
                     f"{module.name} has {len(module.ranks)} ranks for {len(self.tasks)} tasks"
                 )
+            if module.soup is not None and len(module.soup) != len(self.tasks):
+                raise ValueError(f"{module.name} has {len(module.soup)} soup weights")
         found = distinct_ranks([module.ranks for module in self.modules])
         for task, ranks in zip(self.tasks, found, strict=True):
             if task.ranks != ranks:
@@ -187,6 +190,7 @@ def describe(bank: FactorBank, files: tuple[FileEntry, ...], source: str | None)
                 "p": module.U.shape[1],
                 "q": module.V.shape[1],
                 "ranks": module.ranks,
+                "soup": module.soup,
             }
             for module in bank.modules
         ],

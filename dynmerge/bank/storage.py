@@ -124,7 +124,7 @@ def check_target(folder: Path, replace: bool, *, option: str = "replace=True") -
 
 def _module(entry: ModuleEntry, tensors: dict[str, Tensor]) -> ModuleFactors:
     U, V, left, right = (tensors[name] for name in entry.shapes())
-    return ModuleFactors(entry.name, U, V, left, right, entry.ranks)
+    return ModuleFactors(entry.name, U, V, left, right, entry.ranks, entry.soup)
 
 
 def _shards(modules: Sequence[ModuleFactors]) -> Iterator[dict[str, Tensor]]:

@@ -78,11 +78,20 @@ def build(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace the bank that is there.")
     ] = False,
+    soup_weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--soup-weights",
+            metavar="FILE",
+            help="Learned weights for the method lora-soups: JSON, layer -> skill -> weight.",
+        ),
+    ] = None,
 ) -> None:
     """Build a bank: adapters of one base model, ready to be merged on request."""
     from dynmerge.cli.build import run
 
-    run(base, named_sources(adapter), output, trust_base=trust_base, replace=replace)
+    sources = named_sources(adapter)
+    run(base, sources, output, trust_base=trust_base, replace=replace, soups=soup_weights)
 
 
 @app.command()

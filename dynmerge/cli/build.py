@@ -5,26 +5,37 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pydantic
+
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import fetch_adapter, load_adapter
 from dynmerge.adapters.gate import CONFIG
 from dynmerge.bank.bank import BaseIdentity
-from dynmerge.bank.build import build_bank, check_names
+from dynmerge.bank.build import build_bank, check_names, with_soups
 from dynmerge.bank.manifest import Manifest
 from dynmerge.bank.storage import check_target, save_bank
 from dynmerge.cli.console import Step, line, progress_bar, table
-from dynmerge.errors import AdapterError
+from dynmerge.errors import AdapterError, BankError
+
+_SOUPS = pydantic.TypeAdapter(dict[str, dict[str, float]])
 
 # Copied from an adapter's own configuration, to be shown and nothing else.
 SHOWN = ("r", "lora_alpha", "use_rslora", "target_modules", "peft_version")
 
 
 def run(
-    base: str, sources: Mapping[str, str], output: Path, *, trust_base: bool, replace: bool
+    base: str,
+    sources: Mapping[str, str],
+    output: Path,
+    *,
+    trust_base: bool,
+    replace: bool,
+    soups: Path | None = None,
 ) -> None:
     """Build the bank and say what was built; the last line is its folder."""
     check_target(output, replace, option="--replace")
+    weights = None if soups is None else _soup_weights(soups)
     with progress_bar() as start:
         model = BaseModel.open(base)
         identity = BaseIdentity(model.name, model.fingerprint)
@@ -37,6 +48,8 @@ def run(
             provenance={name: provenance(sources[name], folders[name]) for name in sources},
             progress=start("sharing bases"),
         )
+        if weights is not None:
+            bank = with_soups(bank, weights)
         written = save_bank(bank, output, source=_lasting(base), replace=replace)
     _say(written)
     line(str(output))
@@ -81,6 +94,18 @@ def _blaming(name: str, source: str) -> Iterator[None]:
         yield
     except AdapterError as reason:
         raise AdapterError(f"--adapter {name}={source}: {reason}") from reason
+
+
+def _soup_weights(file: Path) -> Mapping[str, Mapping[str, float]]:
+    """Layer -> skill -> weight, as a JSON file says it."""
+    try:
+        return _SOUPS.validate_json(file.read_bytes(), strict=True)
+    except OSError as reason:
+        raise BankError(f"--soup-weights {file}: {reason.strerror}") from reason
+    except pydantic.ValidationError as reason:
+        first = reason.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise BankError(f"--soup-weights {file}: {place}: {first['msg']}") from reason
 
 
 def _lasting(base: str) -> str:

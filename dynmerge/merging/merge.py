@@ -10,7 +10,7 @@ from torch import Tensor
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
-from dynmerge.merging.methods import carry_out, support_of
+from dynmerge.merging.methods import carry_out, check_bank, support_of
 from dynmerge.merging.outcome import Thin
 from dynmerge.merging.support import Support
 from dynmerge.recipe import Recipe
@@ -70,6 +70,7 @@ class Merger:
             raise DynmergeError(
                 f"recipe {recipe.digest} is for another bank than {self.bank.digest[:12]}"
             )
+        check_bank(recipe.method, self.bank)
         signs, weights = support_of(self.bank, recipe.preference)
         if not signs:
             return Merge(recipe, torch.zeros(self.bank.layout.size, dtype=self._dtype))

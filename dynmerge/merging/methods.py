@@ -16,7 +16,7 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import MethodError
 from dynmerge.merging import pico, svc
-from dynmerge.merging.arithmetic import linear
+from dynmerge.merging.arithmetic import linear, lora_soups
 from dynmerge.merging.consensus import AGGREGATES, SUMS
 from dynmerge.merging.elementwise import dropping, elected, pruning, summed, trimming
 from dynmerge.merging.lego import lego
@@ -74,8 +74,8 @@ def _density(default: float) -> Number:
     return Number("density", default, 0.001, 1.0, "the share of entries that is kept")
 
 
-def _seed() -> Number:
-    return Number("seed", 0.0, 0.0, 999_999.0, "another draw of what is dropped", whole=True)
+def _seed(meaning: str = "another draw of what is dropped") -> Number:
+    return Number("seed", 0.0, 0.0, 999_999.0, meaning, whole=True)
 
 
 RANK = Number(
@@ -93,6 +93,9 @@ KNOTS: Values = {"space": "knots", "rank": 0.0}
 METHODS: Mapping[str, Method] = {
     "linear": Method(
         linear, 1, "the exact weighted sum of the skills' updates (Task Arithmetic)", (_p(1.0),)
+    ),
+    "lora-soups": Method(
+        lora_soups, 1, "the weighted sum under weights per layer that the bank carries (CAT)"
     ),
     "ties": Method(
         elected("ties", trimming),
@@ -168,7 +171,7 @@ METHODS: Mapping[str, Method] = {
             Number("clusters", 0.0, 0.0, 4096.0, "pieces per layer; 0: the rank", whole=True),
             Number("iterations", 10.0, 1.0, 100.0, "k-means steps", whole=True),
             Choice("signs", "raw", ("raw", "aligned"), "of pieces, as trained or turned alike"),
-            _seed(),
+            _seed("another start of k-means"),
         ),
         dense=True,
     ),
@@ -248,6 +251,17 @@ def in_background(method: MethodChoice) -> bool:
     _, merger, _ = _parts(method.name, HEADER)
     values = dict(method.parameters)
     return METHODS[merger].dense or values.get("space", "core") != "core"
+
+
+def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
+    """Raise MethodError where `bank` lacks what `method` needs."""
+    _, merger, _ = _parts(method.name, source)
+    if merger == "lora-soups" and not bank.has_soups:
+        raise MethodError(
+            f"{source}: lora-soups needs learned weights, which this bank does not carry; "
+            "dynmerge build --soup-weights puts them in",
+            source,
+        )
 
 
 def support_of(bank: FactorBank, preference: Preference) -> tuple[dict[int, int], Tensor]:

@@ -76,6 +76,7 @@ def _restricted(group: FactorGroup, chosen: Sequence[int], signs: Mapping[int, i
             left=torch.cat([left for left, _ in factors], dim=2),
             right=torch.cat([right for _, right in factors], dim=1),
             ranks=tuple(group.ranks[task] for task in chosen),
+            soups=None if group.soups is None else group.soups[:, chosen],
         )
     if all(signs[task] > 0 for task in chosen):
         return group

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ from torch.testing import assert_close
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import CoreLayout, FactorBank, module_order
-from dynmerge.bank.build import build_bank
+from dynmerge.bank.build import build_bank, with_soups
 from dynmerge.errors import BankError, PreferenceError
 from tests import reference
 from tests.bank_factory import (
@@ -147,3 +148,32 @@ def test_what_cannot_be_a_bank_is_refused() -> None:
         build_bank(BASE, {"ada": adapter, "bob": other})
     with pytest.raises(BankError, match="distinct and sorted"):
         FactorBank(BASE, tuple(reversed(random_bank().tasks)), random_bank().modules)
+
+
+GOOD_SOUPS = {
+    "layers.0.q": {"ada": 0.4, "bob": 0.6},
+    "layers.0.v": {"bob": 0.5, "cyd": 0.5, "ada": 0.0},
+    "layers.1.q": {"ada": 0.4, "bob": 0.6},
+    "layers.1.up": {"cyd": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"layers.1.up": None}, "module 'layers.1.up' has none"),
+        ({"layers.9.up": {"cyd": 1.0}}, "module 'layers.9.up' is not in the bank"),
+        ({"layers.0.q": {"ada": 1.0}}, "layers.0.q: skill 'bob' has none"),
+        ({"layers.1.up": {"cyd": 1.0, "eve": 1.0}}, "layers.1.up: skill 'eve' is not in the bank"),
+        ({"layers.1.up": {"cyd": -1.0}}, "layers.1.up: soup weights are not negative"),
+        ({"layers.1.up": {"cyd": float("nan")}}, "layers.1.up: soup weights are not negative"),
+        ({"layers.1.up": {"cyd": 0.0}}, "not all 0"),
+    ],
+)
+def test_soup_weights_are_for_every_skill_of_every_module_and_nothing_else(
+    wrong: dict[str, dict[str, float] | None], says: str
+) -> None:
+    soups = {name: row for name, row in {**GOOD_SOUPS, **wrong}.items() if row is not None}
+    with pytest.raises(BankError, match=re.escape(says)):
+        with_soups(random_bank(), soups)
+    assert with_soups(random_bank(), GOOD_SOUPS).has_soups

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynmerge.bank import storage
-from dynmerge.bank.build import build_bank
+from dynmerge.bank.build import build_bank, with_soups
 from dynmerge.bank.storage import check_base, check_target, load_bank, read_manifest, save_bank
 from dynmerge.errors import BankError
 from tests.bank_factory import BASE, RANKS, flat_cores, random_adapter, random_adapters, random_bank
@@ -75,6 +75,16 @@ def test_a_bank_comes_back_as_it_was(folder: Path) -> None:
         assert (found.name, found.ranks) == (expected.name, expected.ranks)
         assert torch.equal(found.U, expected.U)
         assert torch.equal(found.V, expected.V)
+
+
+def test_learned_weights_come_back_and_name_another_bank(tmp_path: Path) -> None:
+    soups = {module.name: dict.fromkeys(BANK.names, 1 / 3) for module in BANK.modules}
+    bank = with_soups(BANK, soups)
+    save_bank(bank, tmp_path / "bank")
+    loaded = load_bank(tmp_path / "bank")
+    assert loaded.digest == bank.digest != BANK.digest
+    assert [module.soup for module in loaded.modules] == [module.soup for module in bank.modules]
+    assert loaded.modules[0].soup == tuple(1 / 3 if rank else 0.0 for rank in BANK.modules[0].ranks)
 
 
 def test_the_manifest_says_what_is_there_without_reading_tensors(folder: Path) -> None:

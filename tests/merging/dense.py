@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.build import with_soups
 from dynmerge.merging.merge import Merge, merge
 from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
@@ -14,7 +16,26 @@ from dynmerge.recipe import Recipe
 from tests.bank_factory import random_adapters, random_bank
 
 ADAPTERS = random_adapters()
-BANK = random_bank(ADAPTERS)
+
+
+def soups_of(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+    """Weights as CAT's softmax leaves them: a layer's sum to one over the skills that have it."""
+    ranks: dict[str, dict[str, int]] = {}
+    for name, adapter in adapters.items():
+        for module, update in adapter.modules.items():
+            ranks.setdefault(module, {})[name] = update.rank + 1
+    return {
+        module: {name: rank / sum(having.values()) for name, rank in having.items()}
+        for module, having in ranks.items()
+    }
+
+
+def bank_of(adapters: Mapping[str, Adapter]) -> FactorBank:
+    """A bank that lacks nothing any method needs."""
+    return with_soups(random_bank(adapters), soups_of(adapters))
+
+
+BANK = bank_of(ADAPTERS)
 
 
 def written_out(bank: FactorBank, made: Merge) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from dynmerge.merging.spaces import SPACES
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests import reference
-from tests.bank_factory import random_adapter, random_bank
-from tests.merging.dense import ADAPTERS, BANK, assert_same, made_by, merged, written_out
+from tests.bank_factory import random_adapter
+from tests.merging.dense import ADAPTERS, BANK, assert_same, bank_of, made_by, merged, written_out
 
 # What the table in docs/merge-methods.md says of one skill at 1.
 WHERE_ONE_SKILL_IS_ITSELF: Mapping[str, str] = {
@@ -140,7 +140,7 @@ def test_a_method_that_flattens_spectra_says_so_of_one_skill_too(method: str) ->
 
 @pytest.mark.parametrize("method", FORMS)
 def test_the_order_of_adapters_does_not_matter(method: str) -> None:
-    backwards = random_bank(dict(reversed(ADAPTERS.items())))
+    backwards = bank_of(dict(reversed(ADAPTERS.items())))
     assert backwards.digest == BANK.digest
     weights = dict(reversed(list(THREE.items())))
     assert_identical(made_by(weights, method, backwards), made_by(THREE, method))
@@ -156,7 +156,7 @@ UNNAMED = tuple(
 @pytest.mark.parametrize("method", UNNAMED)
 def test_the_names_of_adapters_do_not_matter_where_nothing_is_drawn(method: str) -> None:
     renamed = {"ada": "zoe", "bob": "bob", "cyd": "abe"}
-    bank = random_bank({renamed[name]: adapter for name, adapter in ADAPTERS.items()})
+    bank = bank_of({renamed[name]: adapter for name, adapter in ADAPTERS.items()})
     weights = {renamed[name]: weight for name, weight in THREE.items()}
     assert_same(merged(weights, method, bank), merged(THREE, method))
 
@@ -178,7 +178,7 @@ def sees_the_bases(method: str) -> bool:
 @pytest.mark.parametrize("method", [form for form in FORMS if not sees_the_bases(form)])
 def test_a_skill_without_weight_might_as_well_not_be_in_the_bank(method: str) -> None:
     # In core space it turns the bases, and so the entries; iso-c-dense completes other columns.
-    two = random_bank({name: ADAPTERS[name] for name in ("ada", "bob")})
+    two = bank_of({name: ADAPTERS[name] for name in ("ada", "bob")})
     weights = {"ada": 0.6, "bob": 0.4}
     expected = merged(weights, method, two)
     assert_same(merged(weights, method), expected)
@@ -188,7 +188,7 @@ def test_a_skill_without_weight_might_as_well_not_be_in_the_bank(method: str) ->
 def test_in_core_space_the_bases_are_the_banks(name: str) -> None:
     # Only a layer that the third skill has too: its directions are among the bases.
     adapters = {**ADAPTERS, "cyd": random_adapter({"layers.0.q": 3}, 9)}
-    with_third, two = random_bank(adapters), random_bank({k: adapters[k] for k in ("ada", "bob")})
+    with_third, two = bank_of(adapters), bank_of({k: adapters[k] for k in ("ada", "bob")})
     weights = {"ada": 0.6, "bob": 0.4}
     one, other = (merged(weights, name, bank)["layers.0.q"] for bank in (with_third, two))
     assert (one - other).norm() > 1e-2 * other.norm()
@@ -272,7 +272,7 @@ def alone_made() -> list[Merge]:
 def test_a_merge_is_the_same_to_the_bit_whatever_was_made_and_kept_before(
     alone_made: Sequence[Merge], prepared: int, step: int
 ) -> None:
-    merger = Merger(random_bank(ADAPTERS), prepared=prepared)
+    merger = Merger(bank_of(ADAPTERS), prepared=prepared)
     places = range(len(alone_made))
     order = sorted(places, key=lambda place: (place * step) % len(alone_made))
     for place in order:
@@ -281,7 +281,7 @@ def test_a_merge_is_the_same_to_the_bit_whatever_was_made_and_kept_before(
 
 @pytest.mark.usefixtures("alone_made")
 def test_making_merges_leaves_the_bank_as_it_was() -> None:
-    untouched = random_bank(ADAPTERS)
+    untouched = bank_of(ADAPTERS)
     for mine, its in zip(BANK.modules, untouched.modules, strict=True):
         for tensor in ("U", "V", "left", "right"):
             assert torch.equal(getattr(mine, tensor), getattr(its, tensor))

@@ -10,7 +10,7 @@ from dynmerge.merging.lego import starts
 from dynmerge.merging.methods import METHODS, parse_method
 from dynmerge.merging.sparsify import uniform
 from tests import reference
-from tests.merging.dense import ADAPTERS, BANK, assert_same, merged
+from tests.merging.dense import ADAPTERS, BANK, assert_same, merged, soups_of
 
 WEIGHTS: Sequence[Mapping[str, float]] = (
     {"ada": 0.5, "bob": 0.3, "cyd": 0.2},
@@ -22,6 +22,7 @@ SPACES = ("core", "knots", "full")
 ELEMENTWISE = ("ties", "dare-linear", "dare-ties", "della")
 METHOD_TEXTS = (
     *(name for name in METHODS if name != "iso-c-dense"),
+    "pico+lora-soups;gauge=canonical",
     "linear;scale=0.8",
     "linear;p=4",
     "linear;p=inf",
@@ -91,6 +92,7 @@ def test_a_method_is_its_dense_twin(text: str, weights: Mapping[str, float]) -> 
         values,
         draws=drawn(seed),
         starts=lambda module, units, clusters: starts(module, units, clusters, seed),
+        soups=soups_of(ADAPTERS),
         bases=bases,
     )
     assert_same(merged(weights, text), expected)
