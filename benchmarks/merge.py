@@ -5,13 +5,15 @@ Random factors at real models' shapes. PEFT runs on a model whose base weights a
 so that an 8B model's adapters fit where its weights would not; its merge never reads the base
 weights. PEFT's SVD is timed on one layer and multiplied by the layers (it loops over modules); at
 8B on its smallest module only, multiplied by the number of modules, which makes the figure a lower
-bound.
+bound. A second table has a row for every method: in core space at the largest size, in other spaces
+at the smallest, whose layers are dense on a CPU in bearable time.
 """
 
+import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 
 from benchmarks.adapters import random_adapters
 from benchmarks.harness import alternate, finish, options, show
+from benchmarks.methods import CORE, DENSE, Cost, costs, preferences
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
@@ -31,6 +34,8 @@ from dynmerge.recipe import Recipe
 
 RANK = 16
 TASKS = 8
+
+Costs = dict[str, Cost]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,9 @@ def peft_merge(model: PeftModel, combination: str) -> Callable[[], None]:
     """One merge of all tasks at equal weights, as the adapter `merged`."""
 
     def run() -> None:
-        extra = {"svd_full_matrices": False} if combination == "svd" else {}
+        extra = {"svd_full_matrices": False} if combination.endswith("svd") else {}
+        if combination.startswith(("ties", "dare")):
+            extra["density"] = 0.2
         model.add_weighted_adapter(
             list(model.peft_config),
             [1 / TASKS] * TASKS,
@@ -115,18 +122,11 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[name] = time.perf_counter() - started
 
 
-def preferences() -> Iterator[Preference]:
-    """Ever new preferences over all tasks."""
-    count = 0
-    while True:
-        count += 1
-        weights = {f"task{index}": 100 + (count * (index + 3)) % 97 for index in range(TASKS)}
-        yield Preference.of(weights)
-
-
-def svd_seconds(size: Size, adapters: dict[str, Adapter], device: str, quick: bool) -> float:
-    """Seconds of PEFT's `svd` (the cheaper, thin one) for the whole model; see the module's
-    docstring.
+def svd_seconds(
+    size: Size, adapters: dict[str, Adapter], device: str, quick: bool, combination: str = "svd"
+) -> float:
+    """Seconds of PEFT's `svd` (the cheaper, thin one), or another of its combinations that ends in
+    an SVD, for the whole model; see the module's docstring.
     """
     shapes = size.shapes(layers=1)
     count = size.layers
@@ -135,7 +135,7 @@ def svd_seconds(size: Size, adapters: dict[str, Adapter], device: str, quick: bo
         count = len(size.shapes())
     model = peft_model(shapes, adapters, device)
     put_away = partial(model.delete_adapter, "merged")
-    timed_svd = {"svd": peft_merge(model, "svd")}
+    timed_svd = {"svd": peft_merge(model, combination)}
     rounds, warmup = (1, 0) if quick else (3, 1)
     return count * alternate(timed_svd, rounds, device, {"svd": put_away}, warmup)["svd"]
 
@@ -162,20 +162,40 @@ def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]
         assert bank.groups  # stacked on first use: part of the preparation
     figures["merge_bytes"] = 4 * bank.layout.size
     figures["adapter_bytes"] = 4 * TASKS * RANK * sum(sum(s) for s in size.shapes().values())
-    fresh = preferences()
+    fresh = preferences(TASKS)
     method = default_method()
 
     def cold() -> None:
         merge(bank, Recipe(next(fresh), method, bank.digest))
 
     model = peft_model(size.shapes(), adapters, device)
-    variants = {"linear": cold, **{f"peft_{c}": peft_merge(model, c) for c in ("cat", "linear")}}
     put_away = partial(model.delete_adapter, "merged")
-    after = dict.fromkeys(("peft_cat", "peft_linear"), put_away)
+    others = ("cat", "linear") if quick else ("cat", "linear", "ties", "dare_ties")
+    variants = {"linear": cold, **{f"peft_{c}": peft_merge(model, c) for c in others}}
+    after = {f"peft_{c}": put_away for c in others}
     figures |= alternate(variants, 1 if quick else 5, device, after)
     figures["peft_svd"] = svd_seconds(size, adapters, device, quick)
+    if not quick:
+        figures["peft_ties_svd"] = svd_seconds(size, adapters, device, quick, "ties_svd")
     figures["hit"] = hit_seconds(bank, 5)
     return figures
+
+
+def method_costs(
+    size: Size, arguments: argparse.Namespace, methods: Sequence[str], layers: int
+) -> Costs:
+    """What `methods` cost at a size's shapes; --quick takes so many of its layers."""
+    shapes = size.shapes(layers if arguments.quick else None)
+    adapters = random_adapters(shapes, TASKS, RANK, arguments.seed)
+    bank = build_bank(BaseIdentity(size.name, ""), adapters).to(arguments.device)
+    return costs(bank, methods, 1 if arguments.quick else 5, arguments.device)
+
+
+def show_methods(title: str, found: Costs) -> None:
+    """A row for each method."""
+    columns = ("method", "first, s", "cold, s", "over linear")
+    rows = [[text, cost.first, cost.cold, cost.over_linear] for text, cost in found.items()]
+    show(title, columns, rows)
 
 
 def main() -> None:
@@ -187,7 +207,9 @@ def main() -> None:
         size.name: measure(size, arguments.seed, arguments.device, arguments.quick)
         for size in sizes
     }
-    columns = ("build", "linear", "hit", "peft_linear", "peft_cat", "peft_svd")
+    columns = ["build", "linear", "hit", "peft_linear", "peft_cat", "peft_svd"]
+    if not arguments.quick:
+        columns += ["peft_ties", "peft_dare_ties", "peft_ties_svd"]
     rows = [
         [
             name,
@@ -202,13 +224,20 @@ def main() -> None:
         ("size", "modules", *columns, "MiB a merge", "MiB as an adapter"),
         rows,
     )
+    in_core = method_costs(sizes[-1], arguments, CORE, layers=3)
+    show_methods(f"methods in core space, {sizes[-1].name} shapes", in_core)
+    elsewhere = method_costs(sizes[0], arguments, DENSE, layers=1)
+    show_methods(f"methods in the background, {sizes[0].name} shapes", elsewhere)
     largest = figures[sizes[-1].name]
     ratios = {
         "peft_svd_over_linear": largest["peft_svd"] / largest["linear"],
         "peft_linear_over_linear": largest["peft_linear"] / largest["linear"],
         "hit_us": largest["hit"] * 1e6,
+        **{f"{text}_over_linear": cost.over_linear for text, cost in in_core.items()},
     }
-    finish(arguments, ratios, {"dtype": "float32", "largest": sizes[-1].name, "sizes": figures})
+    methods = {text: asdict(cost) for text, cost in (in_core | elsewhere).items()}
+    details = {"largest": sizes[-1].name, "sizes": figures, "methods": methods}
+    finish(arguments, ratios, {"dtype": "float32", **details})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ DynmergeError
 ├── BankError           a bank missing, truncated, edited or for another base model
 ├── ConfigError         an unknown key in a configuration, or a value out of range
 ├── Overloaded          the queue or the merge cache is full; worth trying again
+│   └── Abandoned       a merge that nobody waited for any more
 └── EngineDead          the engine stopped and could not be restarted
 """
 
@@ -61,6 +62,10 @@ class ConfigError(DynmergeError):
 
 class Overloaded(DynmergeError):
     """No room now, in the queue or in the merge cache; the same request may succeed later."""
+
+
+class Abandoned(Overloaded):
+    """A merge that was given up because nobody waited for it; one who just came may ask again."""
 
 
 class EngineDead(DynmergeError):

@@ -12,10 +12,13 @@ Value = float | str
 
 @dataclass(frozen=True, slots=True)
 class MethodChoice:
-    """A merge method and all its parameters: defaults filled in, validated, sorted by name."""
+    """A merge method and all its parameters: defaults filled in, validated, sorted by name.
+
+    `version` is that of each of its parts.
+    """
 
     name: str
-    version: int
+    version: str
     parameters: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
@@ -25,7 +28,7 @@ class MethodChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Preference, method and bank. Same digest, same weights, always.
+    """Preference, method and bank. Same digest, same weights, but for rounding between machines.
 
     `bank` is the bank's digest: over the base model's fingerprint, the adapters' content and the
     calibration. `method.version` rises when a method's code changes what it returns.

@@ -6,23 +6,28 @@ preference -> recipe -> lease on its merge (cache, made off the event loop) -> e
 import asyncio
 import os
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+import torch
+
 from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Chunk, Engine, Generation
-from dynmerge.errors import ConfigError, EngineDead
+from dynmerge.errors import ConfigError, EngineDead, MethodError, Overloaded
 from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.merge import Merge, Merger
-from dynmerge.merging.methods import check_bank, default_method, in_background
+from dynmerge.merging.methods import HEADER as METHOD_HEADER
+from dynmerge.merging.methods import check_bank, default_method, in_background, outside_bytes
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
 DEFAULT_CACHE_BYTES = 1 << 30
+MAX_BACKGROUND = 8  # merges that wait there: each may take a minute
 _CLOSED = "the runtime is closed"
 
 
@@ -73,14 +78,20 @@ class Runtime:
         # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
         self.bank = bank.to(engine.device, bases=False)
         self.engine = engine
-        self.cache = MergeCache(Merger(self.bank, engine.dtype).merge, capacity=cache_bytes)
+        self._merger = Merger(self.bank, engine.dtype)
+        self._room = cache_bytes
+        self.cache = MergeCache(self._make, capacity=cache_bytes)
         self._closed = False
+        self._behind = 0  # merges in the background lane
+        self._counting = threading.Lock()
         # One worker each: merges queue instead of fighting over the cores the engine runs on, and
         # a quick one never waits behind one that takes long.
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="dynmerge-merging")
         self._background = ThreadPoolExecutor(
             1, thread_name_prefix="dynmerge-background", initializer=_give_way
         )
+        on_gpu = engine.device.type == "cuda"
+        self._stream = torch.cuda.Stream(engine.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
     def skills(self) -> tuple[str, ...]:
@@ -92,16 +103,25 @@ class Runtime:
         preference: Preference,
         method: MethodChoice | None = None,
         source: str = "preference",
+        method_source: str = METHOD_HEADER,
     ) -> Recipe:
         """The recipe of a request.
 
         Raises PreferenceError on a skill the bank does not have, MethodError on a method that needs
-        what the bank does not carry.
+        what the bank does not carry, or whose merge would never fit the cache.
         """
         preference.require(self.skills, source)
         chosen = method or default_method()
-        check_bank(chosen, self.bank)
-        return Recipe(preference, chosen, self.bank.digest)
+        check_bank(chosen, self.bank, method_source)
+        recipe = Recipe(preference, chosen, self.bank.digest)
+        needed, there = outside_bytes(self.bank, recipe, self.engine.dtype.itemsize), self._room
+        if needed > there:
+            raise MethodError(
+                f"{method_source}: a merge by {chosen.name} takes up to {needed} bytes here; the "
+                f"cache of merges holds {there}",
+                method_source,
+            )
+        return recipe
 
     async def lease(self, recipe: Recipe) -> Lease:
         """Hold the merge of `recipe`, making it if nobody has; the caller releases it.
@@ -127,12 +147,37 @@ class Runtime:
         return Lease(recipe, made, claim.outcome, time.perf_counter() - started, claim, self.cache)
 
     def _start(self, claim: Claim) -> None:
-        lane = self._background if in_background(claim.recipe.method) else self._merging
+        slow = in_background(claim.recipe.method)
+        if slow and self._behind >= MAX_BACKGROUND:
+            error = Overloaded(f"{self._behind} merges wait to be made in the background already")
+            self.cache.fail(claim, error)
+            raise error
+        lane = self._background if slow else self._merging
         try:
-            lane.submit(self._fill, claim)
+            with self._counting:
+                self._behind += slow
+            lane.submit(self._fill, claim).add_done_callback(lambda _: self._done(slow))
         except RuntimeError:  # closed: others who wait for this merge must hear of it
             self.cache.fail(claim, EngineDead(_CLOSED))
             raise EngineDead(_CLOSED) from None
+
+    def _make(self, recipe: Recipe, wanted: Callable[[], bool]) -> Merge:
+        def still() -> bool:
+            if self._closed:
+                raise EngineDead(_CLOSED)
+            return wanted()
+
+        if self._stream is None or not in_background(recipe.method):
+            return self._merger.merge(recipe, still)
+        # On the device's own stream quick merges and the engine would queue behind this one.
+        with torch.cuda.stream(self._stream):
+            made = self._merger.merge(recipe, still)
+            self._stream.synchronize()
+        return made
+
+    def _done(self, slow: bool) -> None:
+        with self._counting:
+            self._behind -= slow
 
     def _fill(self, claim: Claim) -> None:
         if self._closed:

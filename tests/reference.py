@@ -514,9 +514,9 @@ def iso_cts(
 def soup_weights(
     having: Sequence[str], a: Mapping[str, float], c: Mapping[str, float]
 ) -> dict[str, float]:
-    """lambda_i = a_i c_i / (sum_j a_j c_j) * sum_j a_j * sum of all c (Prabhakar et al. 2024)."""
+    """lambda_i = a_i c_i / (sum_j a_j c_j) * sum of all c and all a (Prabhakar et al. 2024)."""
     shared = sum(a[j] * c[j] for j in having)
-    total = sum(c.values()) * sum(a[j] for j in having)
+    total = sum(c.values()) * sum(a.values())
     return {i: a[i] * c[i] / shared * total for i in having}
 
 

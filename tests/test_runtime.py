@@ -1,12 +1,12 @@
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import torch
 
 from dynmerge.engines.engine import Chunk, Generation, Load, Sampling, Token
-from dynmerge.errors import ConfigError, EngineDead, Overloaded, PreferenceError
+from dynmerge.errors import ConfigError, EngineDead, MethodError, Overloaded, PreferenceError
 from dynmerge.merging.merge import Merge
 from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
@@ -58,9 +58,9 @@ def hold_back(runtime: Runtime) -> threading.Event:
     go = threading.Event()
     make = runtime.cache._make
 
-    def slow(recipe: Recipe) -> Merge:
+    def slow(recipe: Recipe, wanted: Callable[[], bool]) -> Merge:
         assert go.wait(10)
-        return make(recipe)
+        return make(recipe, wanted)
 
     runtime.cache._make = slow
     return go
@@ -120,6 +120,25 @@ def test_a_recipe_names_the_bank_and_knows_its_skills(runtime: Runtime) -> None:
     assert str(recipe.method) == "linear;p=1;scale=0.5"
     with pytest.raises(PreferenceError, match=r"no skill named 'eve' \(known: ada, bob, cyd\)"):
         wanted(runtime, "eve")
+
+
+def test_a_merge_that_would_never_fit_the_cache_is_refused_before_it_is_made(
+    runtime: Runtime,
+) -> None:
+    preference = Preference.parse("ada, bob")
+    for method in ("iso-c-dense", "ties;space=full", "knots-ties"):
+        with pytest.raises(MethodError, match=r"takes up to .* the cache of merges holds"):
+            runtime.recipe(preference, parse_method(method), method_source="method")
+    assert runtime.cache.stats().misses == 0
+    assert runtime.recipe(preference, parse_method("ties"))
+
+
+async def test_a_method_that_the_bank_cannot_serve_is_an_error_where_it_came_from(
+    runtime: Runtime,
+) -> None:
+    with pytest.raises(MethodError, match="body: lora-soups needs learned weights") as caught:
+        runtime.recipe(Preference.parse("ada"), parse_method("lora-soups"), method_source="body")
+    assert caught.value.param == "body"
 
 
 def test_closing_closes_the_engine(runtime: Runtime) -> None:

@@ -119,8 +119,9 @@ def _singular_basis(stacked: Tensor) -> tuple[Tensor, Tensor]:
     otherwise arbitrary, and some merge methods see it.
     """
     Q, R = torch.linalg.qr(stacked)
-    P, S, Wh = torch.linalg.svd(R, full_matrices=False)
+    P, S, _ = torch.linalg.svd(R, full_matrices=False)
     kept = max(1, int((S[0] * len(S) * torch.finfo(torch.float32).eps < S).sum()))
     basis = Q @ P[:, :kept]
     signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    return basis * signs, (S[:kept, None] * Wh[:kept]) * signs.mT
+    basis = basis * signs
+    return basis, basis.mT @ stacked  # not from the SVD: a column of zeros stays one of zeros

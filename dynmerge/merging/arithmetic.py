@@ -21,16 +21,15 @@ def linear(support: Support, weights: Tensor, values: Values) -> Cores:
 def lora_soups(support: Support, weights: Tensor, values: Values) -> Cores:
     """sum_i λ_i X_i with the weights that the bank carries, one per skill and module (CAT).
 
-    λ_i = a_i c_i / (sum_j a_j c_j) * sum_j a_j * c, j over the skills that have the module and c
-    the sum of all the bank's weights there: the learned ones at the uniform preference. Prabhakar
-    et al. 2024, arXiv:2410.13025.
+    λ_i = a_i c_i / (sum_j a_j c_j) * c * sum a, j over the skills that have the module, c the sum
+    of all the bank's weights there: the learned ones at the uniform preference. Prabhakar et al.
+    2024, arXiv:2410.13025.
     """
     cores = []
     for group, whole in zip(support.groups, support.bank.groups, strict=True):
         assert group.soups is not None and whole.soups is not None  # noqa: PT018 - check_bank
-        has = torch.tensor([rank > 0 for rank in group.ranks], device=weights.device)
         shared = (group.soups * weights).sum(1, keepdim=True)
-        total = whole.soups.sum(1, keepdim=True) * (weights * has).sum()
+        total = whole.soups.sum(1, keepdim=True) * weights.sum()
         lambdas = group.soups * weights * total / shared.clamp(min=torch.finfo(shared.dtype).tiny)
         ranks = torch.tensor(group.ranks, device=weights.device)
         spread = lambdas.repeat_interleave(ranks, 1, output_size=sum(group.ranks))

@@ -18,6 +18,8 @@ from dynmerge.recipe import Recipe
 
 Outcome = Literal["hit", "stored", "collapsed"]
 MAX_PENDING = 256
+# From a recipe, and whether anybody still waits for its merge: a long one may stop if not.
+Make = Callable[[Recipe, Callable[[], bool]], Merge]
 
 
 @dataclass(slots=True)
@@ -60,9 +62,7 @@ class Claim:
 class MergeCache:
     """Recipe -> Merge, least recently used first out, at most `capacity` bytes. Thread-safe."""
 
-    def __init__(
-        self, make: Callable[[Recipe], Merge], capacity: int, pending: int = MAX_PENDING
-    ) -> None:
+    def __init__(self, make: Make, capacity: int, pending: int = MAX_PENDING) -> None:
         self._make = make
         self._max_pending = pending
         self._lock = threading.Lock()
@@ -104,7 +104,8 @@ class MergeCache:
             return
         started = time.perf_counter()
         try:
-            merge = self._make(claim.recipe)
+            entry = self._entries[claim.recipe]
+            merge = self._make(claim.recipe, lambda: entry.claims > 0)
             with self._lock:
                 self._admit(self._entries[claim.recipe], merge.nbytes)
                 self._stats.seconds += time.perf_counter() - started

@@ -1,6 +1,7 @@
 """Consensus: which sign an entry takes when skills disagree, and the mean of those that agree."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,25 +27,27 @@ SUMS: dict[str, Sums] = {"mass": by_mass, "count": by_count}
 
 def majority(sums: Iterable[Tensor]) -> float:
     """The sign of all elected signs together: what an entry takes whose own sum is zero."""
-    total = sum(int(block.sign().sum()) for block in sums)
+    total = sum(int(block.sign().sum(dtype=torch.int64)) for block in sums)
     return 1.0 if total >= 0 else -1.0
 
 
 def majority_apart(sums: Tensor) -> Tensor:
     """(members, 1, 1): the same in each module apart."""
-    return torch.where(sums.sign().sum((-2, -1), keepdim=True) >= 0, 1.0, -1.0)
+    total = sums.sign().sum((-2, -1), keepdim=True, dtype=torch.int64)
+    return torch.where(total >= 0, 1.0, -1.0)
 
 
 def agreeing(entries: Tensor, sums: Tensor, otherwise: Tensor | float) -> Tensor:
     """The entries (members, skills, a, b) of the elected sign; the others are zero."""
-    elected = torch.where(sums == 0, otherwise, sums)
-    return torch.where(entries * elected[:, None] > 0, entries, 0)
+    elected = torch.where(sums == 0, otherwise, sums).sign()
+    return torch.where(entries.sign() == elected[:, None], entries, 0)
 
 
 def patterns(entries: Tensor) -> tuple[Tensor, Tensor]:
     """Which skills an entry is not zero for: (members * a * b,) numbers of rows of (n, skills).
 
-    There are many entries and few patterns: what weights make of a pattern is looked up.
+    There are many entries and few patterns: what weights make of a pattern is looked up. Worth it
+    where the entries are kept for other weights.
     """
     has = entries.transpose(0, 1).flatten(1) != 0  # (skills, entries)
     code = torch.zeros_like(has[0], dtype=torch.int64)
@@ -61,14 +64,17 @@ def patterns(entries: Tensor) -> tuple[Tensor, Tensor]:
 def disjoint_mean(block: Block, weights: Tensor) -> Tensor:
     """(members, a, b): of each entry, the weighted mean over the skills where it is not zero.
 
-    Times the sum of all `weights` (skills,): where all skills agree it is their weighted sum. The
-    block's notes are the `patterns` of its entries.
+    Times the sum of all `weights` (skills,): where all skills agree it is their weighted sum. If
+    the block has notes, they are the `patterns` of its entries.
     """
-    which, table = block.notes
-    share = weights.sum() / (table @ weights)
-    factor = torch.where(table.sum(1) > 0, share, 0).index_select(0, which)
     total = disjoint_sum(block, weights)
-    return total.mul_(factor.view_as(total))
+    if not block.notes:
+        has = replace(block, entries=(block.entries != 0).to(total.dtype))
+        kept = disjoint_sum(has, weights)
+        return torch.where(kept > 0, total * (weights.sum() / kept), 0)
+    which, table = block.notes
+    share = torch.where(table.sum(1) > 0, weights.sum() / (table @ weights), 0)
+    return total.mul_(share.index_select(0, which).view_as(total))
 
 
 def disjoint_sum(block: Block, weights: Tensor) -> Tensor:

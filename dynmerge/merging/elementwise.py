@@ -125,7 +125,7 @@ class _View:
 
             def step(block: Block) -> tuple[Tensor, ...]:
                 entries = elect(sparse(block))
-                return entries, *patterns(entries)
+                return (entries, *patterns(entries)) if self.space.keeps else (entries,)
 
             return step
 
@@ -136,7 +136,7 @@ class _View:
         elect = self._elect(lambda: (block.entries for block in self.sparse()), weights)
         for block in self.sparse():
             entries = elect(block.entries)
-            yield replace(block, entries=entries, notes=patterns(entries))
+            yield replace(block, entries=entries)
 
     def home(self, merged: Iterable[Tensor]) -> Outcome:
         """Merged entries as updates."""

@@ -25,6 +25,7 @@ def lego(support: Support, weights: Tensor, values: Values) -> Cores:
         if group.present:
             share = group.per_direction(weights)
             for index, member in enumerate(group.members):
+                support.check_wanted()
                 module = support.bank.modules[member]
                 merged[index] = _merged(module, group, index, share, values)
         cores.append(merged * weights.sum())

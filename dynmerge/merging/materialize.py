@@ -12,6 +12,7 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank, ModuleFactors
 from dynmerge.merging.merge import Merge
+from dynmerge.merging.spectral import real, singular_directions
 
 Triplet = tuple[Tensor, Tensor, Tensor]  # P (d_out, k), S (k,), Q (d_in, k)
 
@@ -38,7 +39,8 @@ def materialize(bank: FactorBank, merge: Merge, rank: int | None = None) -> Mate
     updates: dict[str, LowRank] = {}
     kept = total = 0.0
     for module, (P, S, Q) in _directions(bank, merge):
-        width = _width(S) if rank is None else min(rank, _width(S))
+        width = int(real(S).sum())
+        width = width if rank is None else min(rank, width)
         root = S[:width].sqrt()
         kept += float(S[:width].square().sum())
         total += float(S.square().sum())
@@ -62,19 +64,5 @@ def _directions(bank: FactorBank, merge: Merge) -> Iterator[tuple[ModuleFactors,
         own = merge.own or {}
         for module in bank.modules:
             if module.name in own:
-                yield module, _thin_svd(own[module.name])
-
-
-def _thin_svd(update: LowRank) -> Triplet:
-    Q_B, R_B = torch.linalg.qr(update.B.double())
-    Q_A, R_A = torch.linalg.qr(update.A.double().mT)
-    P, S, Qh = torch.linalg.svd(R_B @ R_A.mT)
-    return Q_B @ P, S, Q_A @ Qh.mT
-
-
-def _width(S: Tensor) -> int:
-    """How many singular values (descending) are more than float32 rounding."""
-    if not len(S):
-        return 0
-    noise = S[0] * S.shape[0] * torch.finfo(torch.float32).eps
-    return int((noise < S).sum())
+                update = own[module.name]
+                yield module, singular_directions(update.B.double(), update.A.double())

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from dynmerge.merging.support import Support
 from dynmerge.recipe import Recipe
 
 PREPARED_BYTES = 1 << 29
+MAX_SUPPORTS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +31,7 @@ class Merge:
 
     recipe: Recipe
     core: Tensor | None  # (size,) in the engine's dtype, on the bank's device
-    own: dict[str, LowRank] | None = None
+    own: Mapping[str, LowRank] | None = None
     energy: float = 1.0
 
     @property
@@ -64,8 +66,11 @@ class Merger:
         self._supports: OrderedDict[tuple[tuple[int, int], ...], Support] = OrderedDict()
 
     @torch.no_grad()
-    def merge(self, recipe: Recipe) -> Merge:
-        """Carry out `recipe`: computed in float32, cast once. The bank must be the recipe's own."""
+    def merge(self, recipe: Recipe, wanted: Callable[[], bool] = lambda: True) -> Merge:
+        """Carry out `recipe`: computed in float32, cast once. The bank must be the recipe's own.
+
+        A long merge ends in Abandoned once it is not `wanted` any more.
+        """
         if recipe.bank != self.bank.digest:
             raise DynmergeError(
                 f"recipe {recipe.digest} is for another bank than {self.bank.digest[:12]}"
@@ -73,33 +78,45 @@ class Merger:
         check_bank(recipe.method, self.bank)
         signs, weights = support_of(self.bank, recipe.preference)
         if not signs:
-            return Merge(recipe, torch.zeros(self.bank.layout.size, dtype=self._dtype))
-        support = self._support(signs)
-        outcome = carry_out(support, weights, recipe.method)
-        self._forget()
+            nothing = torch.zeros(self.bank.layout.size, dtype=self._dtype, device=self.bank.device)
+            return Merge(recipe, nothing)
+        support = self._support(signs).asked(wanted)
+        try:
+            outcome = carry_out(support, weights, recipe.method)
+        finally:
+            self._forget()
         if isinstance(outcome, Thin):
-            own = {
-                self.bank.modules[member].name: LowRank(
-                    A=update.A.to(self._dtype).contiguous(), B=update.B.to(self._dtype).contiguous()
-                )
-                for member, update in sorted(outcome.updates.items())
-            }
-            return Merge(recipe, None, own, outcome.energy)
+            return Merge(recipe, None, self._own(outcome), outcome.energy)
         return Merge(recipe, self.bank.flatten(outcome.groups).to(self._dtype))
+
+    def _own(self, outcome: Thin) -> dict[str, LowRank]:
+        """The updates by module name in the engine's dtype; each is given up as it is cast."""
+        own = {}
+        for member in sorted(outcome.updates):
+            update = outcome.updates.pop(member)
+            own[self.bank.modules[member].name] = LowRank(
+                A=update.A.to(self._dtype).contiguous(), B=update.B.to(self._dtype).contiguous()
+            )
+        return own
 
     def _support(self, signs: dict[int, int]) -> Support:
         key = tuple(signs.items())
         with self._lock:
-            support = self._supports.pop(key, None) or Support.of(self.bank, signs)
-            self._supports[key] = support
+            support = self._supports.get(key)
+        if support is None:  # outside the lock: a quick merge must not wait for another's copies
+            support = Support.of(self.bank, signs)
+        with self._lock:
+            support = self._supports.setdefault(key, support)
+            self._supports.move_to_end(key)
             return support
 
     def _forget(self) -> None:
         with self._lock:
-            held = sum(support.nbytes for support in self._supports.values())
-            while held > self._most and self._supports:
-                _, support = self._supports.popitem(last=False)
-                held -= support.nbytes
+            sizes = {key: support.nbytes for key, support in self._supports.items()}
+            held = sum(sizes.values())
+            while self._supports and (held > self._most or len(self._supports) > MAX_SUPPORTS):
+                key, _ = self._supports.popitem(last=False)
+                held -= sizes[key]
 
 
 def merge(bank: FactorBank, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Merge:

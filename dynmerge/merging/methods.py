@@ -27,7 +27,7 @@ from dynmerge.merging.sparsify import RESCALE
 from dynmerge.merging.spectral import iso_c, iso_c_dense, iso_cts, tsv_m
 from dynmerge.merging.support import Support
 from dynmerge.preference import Preference
-from dynmerge.recipe import MethodChoice, Value
+from dynmerge.recipe import MethodChoice, Recipe, Value
 
 HEADER = "X-Dynmerge-Method"
 DEFAULT = "linear"
@@ -39,10 +39,11 @@ Merger = Callable[[Support, Tensor, Values], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A row of METHODS. `version` rises when the code changes what it returns.
+    """A row of METHODS.
 
-    `fixed` are values of parameters that the name settles. `dense` says that the method never
-    stays in the shared bases or takes long: it is carried out in the background.
+    `version` rises when its code, or that of the steps it takes, changes what it returns. `fixed`
+    are values of parameters that the name settles. `background` says that it takes long in any
+    space. `check` says what is wrong with parameters together, if anything.
     """
 
     merge: Merger
@@ -50,7 +51,10 @@ class Method:
     summary: str
     parameters: tuple[Parameter, ...] = ()
     fixed: Values = field(default_factory=dict)
-    dense: bool = False
+    background: bool = False
+    takes_svc: bool = True
+    needs_soups: bool = False
+    check: Callable[[Values], str | None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,24 @@ def _seed(meaning: str = "another draw of what is dropped") -> Number:
     return Number("seed", 0.0, 0.0, 999_999.0, meaning, whole=True)
 
 
+def _rank_is_used(values: Values) -> str | None:
+    """Only full space cuts: elsewhere a rank would be ignored."""
+    if number(values, "rank") and values["space"] != "full":
+        return f"rank={number(values, 'rank'):g} is for space=full; here it is {values['space']}"
+    return None
+
+
+def _window(values: Values) -> str | None:
+    """DELLA's probabilities stay within (0, 1]."""
+    density, epsilon = number(values, "density"), number(values, "epsilon")
+    if density - epsilon > 0 and density + epsilon <= 1:
+        return _rank_is_used(values)
+    return (
+        f"density={density:g} with epsilon={epsilon:g} keeps entries with probability "
+        "density - epsilon .. density + epsilon, which must lie within (0, 1]"
+    )
+
+
 RANK = Number(
     "rank", 0.0, 0.0, 4096.0, "in full space, the merge's rank; 0: all skills'", whole=True
 )
@@ -89,31 +111,43 @@ ELECTION = (
     Choice("order", "paper", ("paper", "mergekit"), "elect, then weight; or the other way round"),
 )
 KNOTS: Values = {"space": "knots", "rank": 0.0}
+# The most columns a merge's own factors have: min(d_out, d_in), ranks of the support, rank asked.
+WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
+    "knots": lambda least, stacked, asked: min(least, stacked),
+    "full": lambda least, stacked, asked: min(least, asked or stacked),
+    "dense": lambda least, stacked, asked: least,
+}
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
         linear, 1, "the exact weighted sum of the skills' updates (Task Arithmetic)", (_p(1.0),)
     ),
     "lora-soups": Method(
-        lora_soups, 1, "the weighted sum under weights per layer that the bank carries (CAT)"
+        lora_soups,
+        1,
+        "the weighted sum under weights per layer that the bank carries (CAT)",
+        needs_soups=True,
     ),
     "ties": Method(
         elected("ties", trimming),
         1,
         "trim, elect sign, disjoint mean",
         (_density(0.2), *ELECTION, *SPACE),
+        check=_rank_is_used,
     ),
     "dare-linear": Method(
         summed("dare", dropping),
         1,
         "drop and rescale, then the weighted sum",
         (_density(0.5), _seed(), _p(1.0), *SPACE),
+        check=_rank_is_used,
     ),
     "dare-ties": Method(
         elected("dare", dropping),
         1,
         "drop and rescale, then elect sign and disjoint mean",
         (_density(0.5), _seed(), *ELECTION, *SPACE),
+        check=_rank_is_used,
     ),
     "della": Method(
         elected("della", pruning),
@@ -127,6 +161,7 @@ METHODS: Mapping[str, Method] = {
             *ELECTION,
             *SPACE,
         ),
+        check=_window,
     ),
     "knots-ties": Method(
         elected("ties", trimming),
@@ -134,7 +169,7 @@ METHODS: Mapping[str, Method] = {
         "TIES on the skills' parts in a common basis of outputs",
         (_density(0.2), *ELECTION),
         fixed=KNOTS,
-        dense=True,
+        background=True,
     ),
     "knots-dare-ties": Method(
         elected("dare", dropping),
@@ -142,7 +177,7 @@ METHODS: Mapping[str, Method] = {
         "DARE-TIES on the skills' parts in a common basis of outputs",
         (_density(0.9), _seed(), *ELECTION),
         fixed=KNOTS,
-        dense=True,
+        background=True,
     ),
     "tsv-m": Method(
         tsv_m, 1, "singular directions of all skills, made orthogonal", (_p(float("inf")),)
@@ -155,7 +190,8 @@ METHODS: Mapping[str, Method] = {
         1,
         "the same over all directions of the layer, as published; full rank",
         (_p(float("inf")),),
-        dense=True,
+        background=True,
+        takes_svc=False,
     ),
     "iso-cts": Method(
         iso_cts,
@@ -173,7 +209,7 @@ METHODS: Mapping[str, Method] = {
             Choice("signs", "raw", ("raw", "aligned"), "of pieces, as trained or turned alike"),
             _seed("another start of k-means"),
         ),
-        dense=True,
+        background=True,
     ),
 }
 
@@ -206,13 +242,16 @@ def parse_method(text: str, source: str = HEADER) -> MethodChoice:
         )
     except (http_sf.StructuredFieldError, UnicodeEncodeError):
         raise MethodError(
-            f"{source}: {text[:80]!r} is not a method; write one such as linear;scale=0.8", source
+            f"{source}: {text[:80]!r} is not a method; write one such as linear;scale=0.8, "
+            "in lower case, numbers with at most three decimals",
+            source,
         ) from None
     value, given = cast("tuple[object, dict[str, object]]", item)
     if twice:
         raise MethodError(f"{source}: the parameter {twice[0]!r} stands there twice", source)
     if not isinstance(value, http_sf.Token):
-        raise MethodError(f"{source}: {_unknown(str(value))}", source)
+        reason = f"{text[:80]!r} is not a method: its name is a bare word"
+        raise MethodError(f"{source}: {reason}", source)
     return choose(str(value), given, source)
 
 
@@ -236,8 +275,10 @@ def choose(name: str, given: Mapping[str, object], source: str) -> MethodChoice:
         (key, parameter.check(given.get(key, parameter.default), full, source))
         for key, parameter in sorted(known.items())
     ]
-    _check_window(dict(values), full, source)
-    return MethodChoice(full, sum(row.version for row in rows), tuple(values))
+    wrong = METHODS[merger].check(dict(values))
+    if wrong:
+        raise MethodError(f"{source}: {full}: {wrong}", source)
+    return MethodChoice(full, ".".join(str(row.version) for row in rows), tuple(values))
 
 
 @cache
@@ -250,18 +291,35 @@ def in_background(method: MethodChoice) -> bool:
     """Whether a merge by `method` may take long: others should not wait behind it."""
     _, merger, _ = _parts(method.name, HEADER)
     values = dict(method.parameters)
-    return METHODS[merger].dense or values.get("space", "core") != "core"
+    return METHODS[merger].background or values.get("space", "core") != "core"
 
 
 def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
     """Raise MethodError where `bank` lacks what `method` needs."""
     _, merger, _ = _parts(method.name, source)
-    if merger == "lora-soups" and not bank.has_soups:
+    if METHODS[merger].needs_soups and not bank.has_soups:
         raise MethodError(
-            f"{source}: lora-soups needs learned weights, which this bank does not carry; "
+            f"{source}: {merger} needs learned weights, which this bank does not carry; "
             "dynmerge build --soup-weights puts them in",
             source,
         )
+
+
+def outside_bytes(bank: FactorBank, recipe: Recipe, itemsize: int) -> int:
+    """Most bytes that the recipe's merge takes with factors of its own; 0 if it stays inside."""
+    _, merger, _ = _parts(recipe.method.name, HEADER)
+    values = dict(recipe.method.parameters) | dict(METHODS[merger].fixed)
+    width = WIDTHS.get("dense" if merger == "iso-c-dense" else str(values.get("space", "core")))
+    if width is None:
+        return 0
+    vector = recipe.preference.vector(bank.names)
+    total = 0
+    for module in bank.modules:
+        rank = sum(r for r, weight in zip(module.ranks, vector, strict=True) if weight)
+        d_out, d_in = len(module.U), len(module.V)
+        if rank:
+            total += (d_out + d_in) * width(min(d_out, d_in), rank, int(values.get("rank", 0)))
+    return total * itemsize
 
 
 def support_of(bank: FactorBank, preference: Preference) -> tuple[dict[int, int], Tensor]:
@@ -296,7 +354,7 @@ def _parts(name: str, source: str) -> tuple[str, str, str]:
     merger = parts.pop(0) if parts else DEFAULT
     if parts or merger not in METHODS:
         raise MethodError(f"{source}: {_unknown(name)}", source)
-    if after and merger == "iso-c-dense":
+    if after and not METHODS[merger].takes_svc:
         raise MethodError(f"{source}: {merger} has no directions for {AFTER} to tell apart", source)
     return before, merger, after
 
@@ -306,16 +364,3 @@ def _unknown(name: str) -> str:
         f"no method {name[:80]!r} (known: {', '.join(METHODS)}; "
         f"before any of them {CALIBRATION}+, after it +{AFTER})"
     )
-
-
-def _check_window(values: Values, name: str, source: str) -> None:
-    """MethodError unless DELLA's probabilities stay within (0, 1]."""
-    if "epsilon" not in values:
-        return
-    density, epsilon = number(values, "density"), number(values, "epsilon")
-    if density - epsilon <= 0 or density + epsilon > 1:
-        raise MethodError(
-            f"{source}: {name};density={density:g};epsilon={epsilon:g} keeps entries with "
-            "probability density - epsilon .. density + epsilon, which must lie within (0, 1]",
-            source,
-        )

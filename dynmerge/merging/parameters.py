@@ -37,14 +37,28 @@ class Number:
         if self.infinite and (value == math.inf or str(value) == "inf"):
             return math.inf
         if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-            raise MethodError(f"{source}: {method};{self.name} is a number, not {value!r}", source)
-        if not self.low <= value <= self.high or (self.whole and value != int(value)):
-            raise MethodError(
-                f"{source}: {method};{self.name} must lie within {self.allowed}; it is {value}",
-                source,
-            )
+            raise self._refusal(f"is a number within {self.allowed}", value, method, source)
         # Three decimals are what a header can say, and so what a reply can echo.
-        return round(float(value), 3)
+        exact = Decimal(value)
+        if exact.is_finite() and not isinstance(value, int):
+            exact = round(exact, 3)
+        if not exact.is_finite() or not self._low <= exact <= self._high:
+            raise self._refusal(f"must lie within {self.allowed}", value, method, source)
+        if self.whole and exact != int(exact):
+            raise self._refusal(f"must lie within {self.allowed}", value, method, source)
+        return float(exact)
+
+    @property
+    def _low(self) -> Decimal:
+        return round(Decimal(self.low), 3)
+
+    @property
+    def _high(self) -> Decimal:
+        return round(Decimal(self.high), 3)
+
+    def _refusal(self, rule: str, value: object, method: str, source: str) -> MethodError:
+        given = "nothing" if value is True else str(value)[:40]
+        return MethodError(f"{source}: {method};{self.name} {rule}, not {given}", source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,16 +30,22 @@ def calibrated(support: Support, weights: Tensor, values: Values) -> Support:
 def restored(outcome: Outcome, support: Support, weights: Tensor, values: Values) -> Outcome:
     """The merge times gamma = sum_i a_i ||X_i|| / ||merge|| in each module, if `restore` is norm.
 
-    `support` is the one before calibration.
+    0 where the merge is nothing but rounding. `support` is the one before calibration.
     """
     if word(values, "restore") == "none":
         return outcome
     norms = support.keep("norms", lambda: [(group.norms(),) for group in support.groups])
     gammas = [
-        torch.where(found > 0, own @ weights / found, 0)
+        _gamma(own @ weights, found)
         for (own,), found in zip(norms, outcome.norms(support), strict=True)
     ]
     return outcome.scaled(support, gammas)
+
+
+def _gamma(wanted: Tensor, found: Tensor) -> Tensor:
+    # Skills that cancel leave their rounding, which is not to be lifted to their norm.
+    rounding = 64 * torch.finfo(found.dtype).eps * wanted
+    return torch.where(found > rounding, wanted / found, 0)
 
 
 def shrink(group: FactorGroup, weights: Tensor, gauge: Gauge) -> Tensor:

@@ -19,19 +19,24 @@ from dynmerge.merging.support import Support
 
 Step = Callable[[Block], tuple[Tensor, ...]]  # the entries, and notes on them
 Maker = Callable[[], Step]  # looks at the whole model first
-EXACT = 1024  # min(d_out, d_in) up to which a dense SVD finds the best rank
+EXACT = 256  # min(d_out, d_in) up to which a dense SVD finds the best rank
 OVERSAMPLING, ITERATIONS = 16, 6
 
 
 class Space(Protocol):
     """A support's entries in some coordinates, and how a merge of them becomes updates again."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether `each` keeps its blocks."""
+        ...
+
     def blocks(self) -> Iterator[Block]:
         """The entries of all modules."""
         ...
 
     def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
-        """The blocks after a step, kept under `key` (unless None) where the space is small."""
+        """The blocks after a step, kept under `key` where the space is small."""
         ...
 
     def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
@@ -41,6 +46,8 @@ class Space(Protocol):
 
 class CoreSpace:
     """The cores X_i in the bank's shared bases."""
+
+    keeps = True
 
     def __init__(self, support: Support) -> None:
         self._support = support
@@ -57,7 +64,7 @@ class CoreSpace:
             step = maker()
             return [step(block) for block in self.blocks()]
 
-        kept = make() if key is None else self._support.keep(key, make)
+        kept = self._support.keep(key, make)
         return [
             Block(_names(self._support, group), tuple(group.present), entries, tuple(notes))
             for group, (entries, *notes) in zip(self._support.groups, kept, strict=True)
@@ -68,60 +75,100 @@ class CoreSpace:
         return Cores(list(merged))
 
 
-class _ModuleByModule:
-    """A space too large to hold: one module at a time, made again for each look."""
+class _Modules:
+    """The modules a support changes, one at a time: for spaces too large to hold."""
 
-    def __init__(self, support: Support) -> None:
-        self.support = support
+    def __init__(
+        self, support: Support, entries: Callable[[ModuleFactors, Tensor], Tensor]
+    ) -> None:
+        """`entries` gives (skills, a, b) from a module and its cores (skills, p, q)."""
+        self._support = support
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[tuple[int, ModuleFactors, FactorGroup, Tensor]]:
+        """Each module's place, factors, group, and cores (skills, p, q)."""
+        for group in self._support.groups:
+            if group.present:
+                cores = group.cores()
+                for index, member in enumerate(group.members):
+                    self._support.check_wanted()
+                    yield member, self._support.bank.modules[member], group, cores[index]
 
     def blocks(self) -> Iterator[Block]:
         """One block for each module."""
-        for _, module, group, cores in _modules(self.support):
-            yield Block((module.name,), tuple(group.present), self.entries(module, cores)[None])
+        for _, module, group, cores in self:
+            yield Block((module.name,), tuple(group.present), self._entries(module, cores)[None])
 
-    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+    def each(self, maker: Maker) -> Iterable[Block]:
         """The blocks after a step, one at a time."""
         step = maker()
         for block in self.blocks():
             entries, *notes = step(block)
             yield Block(block.modules, block.present, entries, tuple(notes))
 
-    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
-        """(skills, a, b) from the module's cores (skills, p, q)."""
-        raise NotImplementedError
 
-
-class KnotsSpace(_ModuleByModule):
+class KnotsSpace:
     """P_i (R, d_in) with X_i = U Q P_i, where Q are the left singular vectors of [X_1 .. X_T].
 
     Stoica et al. 2025, arXiv:2410.19735. V is orthonormal, so the SVD is that of the cores side by
     side.
     """
 
-    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
-        """(skills, R, d_in)."""
-        return _left_basis(cores).mT @ cores @ module.V.to(cores).mT
+    keeps = False
+
+    def __init__(self, support: Support) -> None:
+        self._modules = _Modules(support, self._entries)
+        # Found once: a second SVD need not choose the same signs.
+        self._bases: dict[str, Tensor] = {}
+
+    def blocks(self) -> Iterator[Block]:
+        """One block (1, skills, R, d_in) for each module."""
+        return self._modules.blocks()
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step; they are large, so nothing is kept."""
+        return self._modules.each(maker)
 
     def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
         """U Q times the merged P: exact, whatever `rank`."""
         updates: dict[int, LowRank] = {}
-        for (member, module, _, cores), P in zip(_modules(self.support), merged, strict=True):
-            updates[member] = LowRank(A=P[0], B=module.U.to(cores) @ _left_basis(cores))
+        for (member, module, _, cores), P in zip(self._modules, merged, strict=True):
+            updates[member] = LowRank(A=P[0], B=module.U.to(cores) @ self._basis(module, cores))
         return Thin(updates)
 
+    def _entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+        return self._basis(module, cores).mT @ cores @ module.V.to(cores).mT
 
-class FullSpace(_ModuleByModule):
-    """The dense updates themselves, (skills, d_out, d_in)."""
+    def _basis(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+        """Q (p, R): the left singular vectors of the cores side by side, but for rounding."""
+        basis = self._bases.get(module.name)
+        if basis is None:
+            P, S, _ = svd(torch.cat(list(cores), dim=1))
+            basis = self._bases[module.name] = P[:, real(S)]
+        return basis
 
-    def entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
-        """(skills, d_out, d_in)."""
-        return module.U.to(cores) @ cores @ module.V.to(cores).mT
+
+class FullSpace:
+    """The dense updates themselves, (1, skills, d_out, d_in) for each module."""
+
+    keeps = False
+
+    def __init__(self, support: Support) -> None:
+        self._modules = _Modules(support, _dense)
+
+    def blocks(self) -> Iterator[Block]:
+        """One block for each module."""
+        return self._modules.blocks()
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step; they are large, so nothing is kept."""
+        return self._modules.each(maker)
 
     def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
         """Cut to the best `rank`; 0 is the sum of the support's ranks in the module."""
         updates: dict[int, LowRank] = {}
         kept = total = 0.0
-        for (member, module, group, _), dense in zip(_modules(self.support), merged, strict=True):
+        for (member, module, group, _), dense in zip(self._modules, merged, strict=True):
             update = best_rank(dense[0], rank or sum(group.ranks), module.name)
             updates[member] = update
             kept += float(update.B.square().sum())  # A's rows are orthonormal
@@ -144,7 +191,7 @@ def best_rank(dense: Tensor, rank: int, name: str = "") -> LowRank:
     """
     rank = min(rank, *dense.shape)
     width = rank + OVERSAMPLING
-    if min(dense.shape) <= EXACT or 4 * width > min(dense.shape):
+    if min(dense.shape) <= EXACT or 2 * width > min(dense.shape):
         P, S, Q = svd(dense)
         return LowRank(A=Q[:, :rank].mT, B=P[:, :rank] * S[:rank])
     start = torch.randn(len(dense), width, generator=generator(0, "best_rank", name))
@@ -156,19 +203,9 @@ def best_rank(dense: Tensor, rank: int, name: str = "") -> LowRank:
     return LowRank(A=Q[:, :rank].mT, B=basis @ P[:, :rank] * S[:rank])
 
 
-def _modules(support: Support) -> Iterator[tuple[int, ModuleFactors, FactorGroup, Tensor]]:
-    """Every module the support changes: its place, factors, group, and cores (skills, p, q)."""
-    for group in support.groups:
-        if group.present:
-            cores = group.cores()
-            for index, member in enumerate(group.members):
-                yield member, support.bank.modules[member], group, cores[index]
-
-
-def _left_basis(cores: Tensor) -> Tensor:
-    """(p, R): the left singular vectors of the cores (skills, p, q) side by side, but rounding."""
-    P, S, _ = svd(torch.cat(list(cores), dim=1))
-    return P[:, real(S)]
+def _dense(module: ModuleFactors, cores: Tensor) -> Tensor:
+    """(skills, d_out, d_in) from cores (skills, p, q)."""
+    return module.U.to(cores) @ cores @ module.V.to(cores).mT
 
 
 def _names(support: Support, group: FactorGroup) -> tuple[str, ...]:

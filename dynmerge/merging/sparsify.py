@@ -50,7 +50,7 @@ def magprune(block: Block, window: tuple[float, float], rescale: str, drawn: Ten
     entries, (low, high) = block.entries, window
     last = entries.shape[-1] - 1
     order = entries.abs().argsort(dim=-1, stable=True)
-    steps = torch.arange(last + 1, device=entries.device) / last if last else HALF.to(entries)
+    steps = (torch.arange(last + 1, device=entries.device) + 0.5 * (not last)) / max(last, 1)
     rising = torch.empty_like(entries).scatter_(-1, order, steps.expand_as(entries))
     probability = low + (high - low) * rising
     return RESCALE[rescale](entries, torch.where(drawn < probability, entries, 0), probability)
@@ -78,14 +78,16 @@ def smallest_kept(stream: Stream, skills: int, density: float) -> Tensor:
             lower.count(skill, bits[bits >> 16 == high[skill][0]] & 0xFFFF)
     low = [lower.nth_largest(skill, count) for skill, (_, count) in enumerate(high)]
     found = [(top << 16) | bottom for (top, _), (bottom, _) in zip(high, low, strict=True)]
-    smallest = torch.tensor(found, dtype=torch.int64).to(torch.int32).view(torch.float32)
-    return smallest.nan_to_num(nan=torch.inf)  # a skill without entries keeps none
+    smallest = torch.tensor(found, dtype=torch.int32).view(torch.float32)
+    return torch.where(torch.tensor(sizes) > 0, smallest, torch.inf)
 
 
 def smallest_kept_apart(block: Block, density: float) -> Tensor:
     """(members, skills): the same in each module apart."""
     magnitudes = block.entries.abs().flatten(2)
     size = magnitudes.shape[-1]
+    if not size:
+        return magnitudes.new_full(magnitudes.shape[:2], torch.inf)
     return magnitudes.kthvalue(size - _count(density, size) + 1, dim=-1).values
 
 
@@ -124,7 +126,6 @@ def _whole(entries: Tensor, kept: Tensor, probability: Tensor) -> Tensor:
     return kept * torch.where(after > 0, before / after, 0)
 
 
-HALF = torch.tensor([0.5])  # where a row has one entry
 RESCALE = {"entry": _per_entry, "l1": _whole}
 
 
@@ -150,7 +151,8 @@ class _Histogram:
     def nth_largest(self, skill: int, nth: int) -> tuple[int, int]:
         """The value of the nth largest, and its place among those equal to it, both from 1."""
         above = self._counts[skill].flip(0).cumsum(0)
+        if not above[-1]:
+            return 0, 0
         place = int(torch.searchsorted(above, nth))
-        place = min(place, (1 << 16) - 1)
         before = int(above[place - 1]) if place else 0
         return (1 << 16) - 1 - place, nth - before

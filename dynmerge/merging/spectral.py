@@ -25,8 +25,8 @@ def tsv_m(support: Support, weights: Tensor, values: Values) -> Cores:
     stacked = support.keep("tsv-m", lambda: [_orthogonal(group) for group in support.groups])
     lambdas = normed(weights, number(values, "p"))
     cores = []
-    for (P, S, Q), group in zip(stacked, support.groups, strict=True):
-        cores.append((P * (S * group.per_direction(lambdas))[:, None]) @ Q.mT)
+    for P, S, Q, skills in stacked:
+        cores.append((P * (S * lambdas[skills])[:, None]) @ Q.mT)
     return Cores(cores)
 
 
@@ -43,7 +43,7 @@ def iso_c(support: Support, weights: Tensor, values: Values) -> Cores:
 def iso_c_dense(support: Support, weights: Tensor, values: Values) -> Thin:
     """Iso-C over all min(d_out, d_in) directions, as its code runs on a full matrix.
 
-    The null directions are completed by Householder QR of the shared bases: they are arbitrary.
+    The null directions are completed by Householder QR of the real ones: they are arbitrary.
     """
     lambdas = normed(weights, number(values, "p"))
     updates: dict[int, LowRank] = {}
@@ -52,6 +52,7 @@ def iso_c_dense(support: Support, weights: Tensor, values: Values) -> Thin:
             continue
         P, S, Q = svd(group.weighted(lambdas))
         for index, member in enumerate(group.members):
+            support.check_wanted()
             module = support.bank.modules[member]
             kept = real(S[index])
             width = min(len(module.U), len(module.V))
@@ -109,17 +110,21 @@ def singular_directions(left: Tensor, right: Tensor) -> Triplets:
     return Q_left @ P, S, Q_right @ Q
 
 
-def _orthogonal(group: FactorGroup) -> Triplets:
-    """Every skill's triplets, stacked and made orthogonal; float64, for nearly parallel skills."""
-    parts = [
-        singular_directions(left.double(), right.double())
-        for left, right in map(group.of, group.present)
-    ]
-    if not parts:
-        return group.left, group.left.new_zeros(len(group.members), 0), group.right.mT
-    P, S, Q = _stacked([_only(part, real(part[1])) for part in parts])
+def _orthogonal(group: FactorGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every skill's triplets, stacked and made orthogonal, and the skill (k,) of each.
+
+    In float64, for nearly parallel skills.
+    """
+    parts, skills = [], []
+    for skill in range(len(group.ranks)):
+        left, right = group.of(skill)
+        part = singular_directions(left.double(), right.double())
+        parts.append(_only(part, real(part[1])))
+        skills += [skill] * part[1].shape[1]
+    P, S, Q = _stacked(parts)
+    owners = torch.tensor(skills, dtype=torch.int64, device=S.device)
     dtype = group.left.dtype
-    return polar(P).to(dtype), S.to(dtype), polar(Q).to(dtype)
+    return polar(P).to(dtype), S.to(dtype), polar(Q).to(dtype), owners
 
 
 def _only(triplets: Triplets, kept: Tensor) -> Triplets:
@@ -148,16 +153,18 @@ def _composed(directions: Sequence[Triplets]) -> Cores:
 def _common_and_own(group: FactorGroup, lambdas: Tensor, common: float) -> Triplets:
     P, S, Q = svd(group.weighted(lambdas))
     width = min(*group.left.shape[1:], *group.right.shape[1:]) if group.present else 0
-    first, top = round(common * 1000) * width // 1000, S[:, :1]
-    parts = [(P[..., :first], S[:, :first], Q[..., :first])]
+    first = round(common * 1000) * width // 1000
+    shared = P[..., :first], S[:, :first], Q[..., :first]
+    parts = [_only(shared, real(shared[1]))]
     most = (width - first) // max(len(group.present), 1)
     for skill in group.present:
         left, right = group.of(skill)
         left = left * lambdas[skill]
-        shared = parts[0][0]
-        own = singular_directions(left - shared @ (shared.mT @ left), right)
-        parts.append((own[0][..., :most], own[1][:, :most], own[2][..., :most]))
-    P, S, Q = _stacked([_only(part, real(part[1], top)) for part in parts])
+        top = singular_directions(left, right)[1].amax(1, keepdim=True)
+        P, S, Q = singular_directions(left - shared[0] @ (shared[0].mT @ left), right)
+        own = P[..., :most], S[:, :most], Q[..., :most]
+        parts.append(_only(own, real(own[1], top)))
+    P, S, Q = _stacked(parts)
     return _flat((polar(P), S, polar(Q)))
 
 

@@ -4,13 +4,15 @@ What every method computes with. A weight's sign is in the updates, so that meth
 What a method prepares from a support, whatever the magnitudes, it keeps there for the next merge.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank, FactorGroup, Task
+from dynmerge.errors import Abandoned
 
 Parts = tuple[Tensor, ...]
 
@@ -24,6 +26,7 @@ class Support:
         self.bank = bank
         self.groups = tuple(groups)
         self.tasks = tuple(tasks)
+        self._wanted: Callable[[], bool] = lambda: True
         self._kept: dict[Hashable, Sequence[Parts]] = {}
         self._derived: dict[Hashable, Support] = {}
 
@@ -34,17 +37,30 @@ class Support:
         groups = [_restricted(group, chosen, signs) for group in bank.groups]
         return cls(bank, groups, [bank.tasks[task] for task in chosen])
 
+    def asked(self, wanted: Callable[[], bool]) -> "Support":
+        """The same support for one merge, which ends in Abandoned once it is not `wanted`."""
+        support = copy(self)
+        support._wanted = wanted
+        return support
+
+    def check_wanted(self) -> None:
+        """Raise Abandoned if nobody waits for the merge any more: what takes long asks often."""
+        if not self._wanted():
+            raise Abandoned("nobody waits for this merge any more")
+
     def calibrated(self, left: Sequence[Tensor]) -> "Support":
         """The same skills with other left factors, one tensor per group; nothing kept."""
         groups = [
             replace(group, left=other) for group, other in zip(self.groups, left, strict=True)
         ]
-        return Support(self.bank, groups, self.tasks)
+        support = Support(self.bank, groups, self.tasks)
+        support._wanted = self._wanted
+        return support
 
     def keep(self, key: Hashable, make: Callable[[], Sequence[Parts]]) -> Sequence[Parts]:
         """What `make` returned the first time `key` was asked for, one item for each group.
 
-        It may not depend on weights.
+        It may not depend on weights. Two threads may both make it, to the same bits.
         """
         kept = self._kept.get(key)
         if kept is None:
@@ -56,16 +72,23 @@ class Support:
         derived = self._derived.get(key)
         if derived is None:
             derived = self._derived[key] = make()
-        return derived
+        return derived.asked(self._wanted)
 
     @property
     def nbytes(self) -> int:
         """Bytes that this support and what it keeps hold beyond the bank's own."""
-        held = [part for kept in list(self._kept.values()) for parts in kept for part in parts]
-        if len(self.tasks) < len(self.bank.tasks):
-            held += [factor for group in self.groups for factor in (group.left, group.right)]
-        own = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        return own + sum(derived.nbytes for derived in list(self._derived.values()))
+        banks = {id(factor) for group in self.bank.groups for factor in (group.left, group.right)}
+        held = {id(tensor): tensor for tensor in self._tensors() if id(tensor) not in banks}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for group in self.groups:
+            yield from (group.left, group.right)
+        for kept in list(self._kept.values()):
+            for parts in kept:
+                yield from parts
+        for derived in list(self._derived.values()):
+            yield from derived._tensors()
 
 
 def _restricted(group: FactorGroup, chosen: Sequence[int], signs: Mapping[int, int]) -> FactorGroup:
@@ -86,5 +109,6 @@ def _restricted(group: FactorGroup, chosen: Sequence[int], signs: Mapping[int, i
 
 def normed(weights: Tensor, p: float) -> Tensor:
     """λ = a ||a||_1 / ||a||_p of weights a >= 0 (skills,): a itself at p = 1 and at one skill."""
-    norm: Tensor = torch.linalg.vector_norm(weights, p)
+    largest = weights.amax()  # high powers of small weights would vanish
+    norm: Tensor = largest * torch.linalg.vector_norm(weights / largest, p)
     return weights * (weights.sum() / norm)

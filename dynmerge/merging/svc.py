@@ -6,14 +6,13 @@ singular direction of the merge.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorGroup, ModuleFactors
 from dynmerge.merging.outcome import Cores, Outcome, Thin, Triplets
 from dynmerge.merging.parameters import Values, number
-from dynmerge.merging.spectral import svd
+from dynmerge.merging.spectral import singular_directions, svd
 from dynmerge.merging.support import Support
 
 
@@ -80,9 +79,6 @@ class _Found:
 
 
 def _inside(update: LowRank, module: ModuleFactors) -> _Found:
-    Q_B, R_B = torch.linalg.qr(update.B)
-    Q_A, R_A = torch.linalg.qr(update.A.mT)
-    P, S, Q = svd(R_B @ R_A.mT)
-    left, right = Q_B @ P, Q_A @ Q
+    left, S, right = singular_directions(update.B, update.A)
     inside = module.U.to(left).mT @ left, S, module.V.to(right).mT @ right
     return _Found(left, S, right, (inside[0][None], S[None], inside[2][None]))

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynmerge.errors import Overloaded
 from dynmerge_server.errors import RETRY_AFTER, describe
-from dynmerge_server.openai.replies import DONE, EVENT_STREAM, event
+from dynmerge_server.sse import DONE, EVENT_STREAM, event
 
 
 class Drain:

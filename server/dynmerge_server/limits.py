@@ -1,6 +1,6 @@
 """Limits: pure ASGI middleware that refuses requests too large, too slow or of two lengths, unread.
 
-The parser's own bounds and the deadline for headers are in `listener.py`.
+The parser's own bounds are set in `listener.py`; the deadline for headers is in `connection.py`.
 """
 
 import time

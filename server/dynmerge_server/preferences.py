@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from dynmerge import preference as preferences
 from dynmerge.errors import ConfigError, PreferenceError, RequestError
 from dynmerge.merging import methods
-from dynmerge.merging.methods import parse_method
+from dynmerge.merging.methods import check_bank, parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 from dynmerge.runtime import Runtime
@@ -58,7 +58,7 @@ class Preferences:
         self._allow_negative = config.allow_negative
         try:
             self._default = self._parse(config.default_preference, "default_preference")
-            self._default_method = _method(config.default_method, "default_method")
+            self._default_method = self._method(config.default_method, "default_method")
         except RequestError as error:
             raise ConfigError(str(error)) from None
 
@@ -72,14 +72,15 @@ class Preferences:
         }
         source, chosen = next(level for level in levels.items() if level[1] is not None)
         # Every choice of method is read before one is taken.
+        in_body = _one_of({"method": wish.method, "vllm_xargs.method": _x(wish, "method")})
         choices = (
-            _method(_joined(headers, METHOD_HEADER), METHOD_HEADER),
-            _method(*_one_of({"method": wish.method, "vllm_xargs.method": _x(wish, "method")})),
-            self._default_method,
+            (self._method(_joined(headers, METHOD_HEADER), METHOD_HEADER), METHOD_HEADER),
+            (self._method(*in_body), in_body[1]),
         )
-        method = next((choice for choice in choices if choice is not None), None)
+        fallback = (self._default_method, "default_method")
+        method, said_in = next((each for each in choices if each[0] is not None), fallback)
         assert chosen is not None  # the default is one
-        return self._runtime.recipe(chosen, method, source), source
+        return self._runtime.recipe(chosen, method, source, method_source=said_in), source
 
     def _from_headers(self, headers: Headers) -> Preference | None:
         for name in headers:
@@ -138,6 +139,13 @@ class Preferences:
         preference.require(self._runtime.skills, source)
         return preference
 
+    def _method(self, text: str | None, source: str) -> MethodChoice | None:
+        if text is None:
+            return None
+        method = parse_method(text, source)
+        check_bank(method, self._runtime.bank, source)
+        return method
+
 
 _KNOWN = {name.lower() for name in REQUEST_HEADERS}
 
@@ -157,10 +165,6 @@ def _one_of(given: Mapping[str, Any]) -> tuple[Any, str]:
             f"{names[0]} and {names[1]} both say which merge to use; give one of them", names[1]
         )
     return present[0] if present else (None, "")
-
-
-def _method(text: str | None, source: str) -> MethodChoice | None:
-    return None if text is None else parse_method(text, source)
 
 
 def _x(wish: Wish, name: str) -> str | None:

@@ -1,10 +1,12 @@
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from dynmerge.errors import DynmergeError, Overloaded
+from dynmerge.errors import Abandoned, DynmergeError, Overloaded
 from dynmerge.merging.cache import MergeCache
 from dynmerge.merging.merge import Merge
 from dynmerge.merging.methods import default_method
@@ -27,12 +29,14 @@ class Maker:
         self.go.set()
         self.error: Exception | None = None
 
-    def __call__(self, wanted: Recipe) -> Merge:
+    def __call__(self, recipe: Recipe, wanted: Callable[[], bool]) -> Merge:
         assert self.go.wait(10)
-        self.made.append(wanted)
+        self.made.append(recipe)
         if self.error is not None:
             raise self.error
-        return Merge(wanted, torch.zeros(SIZE, dtype=torch.uint8))
+        if not wanted():
+            raise Abandoned("nobody waits")
+        return Merge(recipe, torch.zeros(SIZE, dtype=torch.uint8))
 
 
 def test_a_repeated_preference_is_a_hit() -> None:
@@ -157,3 +161,20 @@ def test_merges_on_their_way_are_bounded() -> None:
     assert cache.claim(recipe(2)).outcome == "collapsed"
     cache.fill(first)
     assert cache.claim(recipe(3)).outcome == "stored"
+
+
+def test_a_merge_that_everybody_leaves_half_way_is_given_up_and_made_again_when_asked() -> None:
+    maker = Maker()
+    maker.go.clear()
+    cache = MergeCache(maker, 10 * SIZE)
+    claim = cache.claim(recipe(1))
+    with ThreadPoolExecutor(1) as pool:
+        filled = pool.submit(cache.fill, claim)
+        while not filled.running():
+            time.sleep(0.001)
+        cache.release(claim)
+        maker.go.set()
+        filled.result(10)
+    assert cache.stats().entries == 0
+    with cache.hold(recipe(1)) as made:
+        assert made.recipe == recipe(1)

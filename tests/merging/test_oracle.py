@@ -6,18 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.lowrank import LowRank
+from dynmerge.bank.bank import FactorBank
 from dynmerge.merging.lego import starts
 from dynmerge.merging.methods import METHODS, parse_method
 from dynmerge.merging.sparsify import uniform
 from tests import reference
-from tests.merging.dense import ADAPTERS, BANK, assert_same, merged, soups_of
+from tests.bank_factory import BASE, random_adapter
+from tests.merging.dense import ADAPTERS, BANK, assert_same, bank_of, merged, soups_of
 
 WEIGHTS: Sequence[Mapping[str, float]] = (
     {"ada": 0.5, "bob": 0.3, "cyd": 0.2},
-    {"ada": 0.6, "bob": 0.4},
-    {"bob": 1.0},
     {"ada": 1.5, "bob": -0.25, "cyd": 0.5},
 )
+SUBSET: Mapping[str, float] = {"ada": 0.6, "bob": 0.4}
 SPACES = ("core", "knots", "full")
 ELEMENTWISE = ("ties", "dare-linear", "dare-ties", "della")
 METHOD_TEXTS = (
@@ -26,7 +29,7 @@ METHOD_TEXTS = (
     "linear;scale=0.8",
     "linear;p=4",
     "linear;p=inf",
-    *(f"{name};space={space}" for name in ELEMENTWISE for space in SPACES),
+    *(f"{name};space={space}" for name in ELEMENTWISE for space in SPACES[1:]),
     "ties;density=1",
     "ties;scope=module",
     "ties;scope=module;space=full;density=0.5",
@@ -69,36 +72,105 @@ METHOD_TEXTS = (
 )
 
 
-def drawn(seed: int) -> reference.Draws:
-    tasks = {task.name: task for task in BANK.tasks}
+# What sees the support, or what a skill outside of it left in the bases.
+OF_A_SUBSET = (
+    *(name for name in METHODS if name != "iso-c-dense"),
+    "ties;space=full",
+    "della;space=knots",
+    "pico",
+    "pico;pool=static",
+    "linear+svc",
+    "pico+dare-ties+svc;gauge=canonical;scale=1.5",
+)
+
+
+def by_the_oracle(
+    adapters: Mapping[str, Adapter], bank: FactorBank, weights: Mapping[str, float], text: str
+) -> dict[str, Tensor]:
+    """The dense float64 twin's merge, given the draws and bases that are the bank's own."""
+    choice = parse_method(text)
+    values = dict(choice.parameters)
+    seed = int(values.get("seed", 0))
+    tasks = {task.name: task for task in bank.tasks}
 
     def draws(skill: str, module: str, shape: tuple[int, int]) -> Tensor:
         return uniform(shape, seed, tasks[skill], module)
 
-    return draws
-
-
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize("text", METHOD_TEXTS)
-def test_a_method_is_its_dense_twin(text: str, weights: Mapping[str, float]) -> None:
-    choice = parse_method(text)
-    values = dict(choice.parameters)
-    seed = int(values.get("seed", 0))
-    bases = {module.name: (module.U.double(), module.V.double()) for module in BANK.modules}
-    expected = reference.merged_by(
+    return reference.merged_by(
         choice.name,
-        ADAPTERS,
+        adapters,
         weights,
         values,
-        draws=drawn(seed),
+        draws=draws,
         starts=lambda module, units, clusters: starts(module, units, clusters, seed),
-        soups=soups_of(ADAPTERS),
-        bases=bases,
+        soups=soups_of(adapters),
+        bases={module.name: (module.U.double(), module.V.double()) for module in bank.modules},
     )
-    assert_same(merged(weights, text), expected)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("text", METHOD_TEXTS)
+def test_a_method_is_its_dense_twin(text: str) -> None:
+    seen = [*WEIGHTS, *([SUBSET] if text in OF_A_SUBSET else [])]
+    for weights in seen + ([{"bob": 1.0}] if "iso-c" in text else []):
+        assert_same(merged(weights, text), by_the_oracle(ADAPTERS, BANK, weights, text))
+
+
+def silent(adapter: Adapter) -> Adapter:
+    """The same modules and A's with B = 0, as LoRA starts."""
+    modules = {
+        name: LowRank(A=update.A, B=torch.zeros_like(update.B))
+        for name, update in adapter.modules.items()
+    }
+    return Adapter(modules, BASE.name)
+
+
+# One skill has more ranks than a layer has rows; one changes nothing and has a layer to itself.
+ODD = {
+    "ada": ADAPTERS["ada"],
+    "nil": silent(random_adapter({"layers.0.q": 2, "layers.0.v": 1, "layers.1.up": 3}, 21)),
+    "wide": random_adapter({"layers.0.q": 2, "layers.0.v": 5}, 22),
+}
+ODD_BANK = bank_of(ODD)
+ODD_TEXTS = (
+    *(name for name in METHODS if name != "iso-c-dense"),
+    "pico;gauge=canonical",
+    "pico+tsv-m+svc",
+    "pico+knots-ties+svc;scope=module",
+)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_skill_of_more_ranks_than_the_layer_has_rows_is_like_any_other(text: str) -> None:
+    for weights in ({"ada": 0.6, "wide": 0.4}, {"wide": -1.0}):
+        expected = by_the_oracle(ODD, ODD_BANK, weights, text)
+        assert_same(merged(weights, text, ODD_BANK), expected)
+
+
+NIL: Sequence[Mapping[str, float]] = (
+    {"ada": 0.5, "nil": 0.3, "wide": 0.2},
+    {"nil": -0.5, "wide": 1.5},
+    {"nil": 1.0},
+)
+
+
+@pytest.mark.parametrize(
+    "text", [*ODD_TEXTS, "ties;scope=module", "ties;space=full", "knots-ties;scope=module"]
+)
+def test_a_skill_that_changes_nothing_is_like_any_other(text: str) -> None:
+    for weights in NIL:
+        expected = by_the_oracle(ODD, ODD_BANK, weights, text)
+        assert_same(merged(weights, text, ODD_BANK), expected)
+
+
+def test_a_skill_that_changes_nothing_gives_iso_c_dense_nothing_to_complete() -> None:
+    for weights in NIL:
+        for module, update in merged(weights, "iso-c-dense", ODD_BANK).items():
+            having = {name for name in weights if module in ODD[name].modules}
+            assert bool(update.isfinite().all())
+            assert bool(update.abs().max() > 1e-6) == bool(having - {"nil"}), module
+
+
+@pytest.mark.parametrize("weights", [*WEIGHTS, SUBSET, {"bob": 1.0}], ids=str)
 def test_iso_c_dense_is_flat_in_all_directions_and_right_in_the_real_ones(
     weights: Mapping[str, float],
 ) -> None:

@@ -14,11 +14,14 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from starlette.applications import Starlette
 
 from dynmerge.merging import cache as merge_cache
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
 from dynmerge_server.config import Limits, ServerConfig
+from dynmerge_server.drain import Drain
+from dynmerge_server.openai.run import Run
 from tests.server.asking import CHAT, chat, stream
 from tests.server.conftest import served
 from tests.server.echo_engine import EchoEngine
@@ -163,3 +166,60 @@ async def test_a_full_cache_is_busy_not_broken(client: httpx.AsyncClient, runtim
     assert reply.status_code == 503
     assert reply.headers["retry-after"] == "1"
     await stream(client)
+
+
+@pytest.mark.parametrize("passes", range(5))
+async def test_an_end_that_comes_just_as_a_stream_has_begun(
+    passes: int,
+    app: Starlette,
+    engine: EchoEngine,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`passes` of the event loop after the first token: nobody's stream exists yet."""
+    drain, begin = Drain(app), Run.__aenter__
+
+    def end(left: int) -> None:
+        if left:
+            asyncio.get_running_loop().call_soon(end, left - 1)
+        else:
+            drain.end()
+
+    async def begun(run: Run) -> Run:
+        await begin(run)
+        end(passes)
+        return run
+
+    monkeypatch.setattr(Run, "__aenter__", begun)
+    engine.pause_after = 1
+    transport = httpx.ASGITransport(drain)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = {**CHAT, "preference": {"ada": 1}, "stream": True}
+        reply = await client.post("/v1/chat/completions", json=body)
+        assert "shutting down" in reply.text
+        assert (await client.get("/load")).json() == {"server_load": 0}
+    assert runtime.cache.stats().pinned == 0
+    assert engine.running == 0
+
+
+async def test_a_handler_cancelled_just_as_a_stream_has_begun(
+    app: Starlette, engine: EchoEngine, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Run.__aenter__
+
+    async def begun(run: Run) -> Run:
+        await begin(run)
+        asked.cancel()
+        return run
+
+    monkeypatch.setattr(Run, "__aenter__", begun)
+    engine.pause_after = 1
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = {**CHAT, "preference": {"ada": 1}, "stream": True}
+        asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert (await client.get("/load")).json() == {"server_load": 0}
+    assert runtime.cache.stats().pinned == 0
+    assert engine.running == 0

@@ -1,3 +1,5 @@
+from typing import Any
+
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -5,7 +7,9 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from dynmerge.errors import ConfigError, RequestError
+from dynmerge.recipe import Recipe
 from dynmerge.runtime import Runtime
+from dynmerge_server.app import create_app
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.models import Models
 from dynmerge_server.preferences import Preferences, Wish
@@ -102,6 +106,63 @@ def test_the_servers_defaults_serve_where_nobody_chose(runtime: Runtime) -> None
     for wrong in ({"default_preference": "nobody=1"}, {"default_method": "magic"}):
         with pytest.raises(ConfigError, match=r"nobody|magic"):
             resolver(runtime, ServerConfig(**wrong))
+
+
+SOUPS = "lora-soups"
+IN_METHOD_HEADER = {"X-Dynmerge-Method": SOUPS}
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "source"),
+    [
+        (IN_METHOD_HEADER, {}, "X-Dynmerge-Method"),
+        ({}, {"method": SOUPS}, "method"),
+        ({}, {"vllm_xargs": {"method": SOUPS}}, "vllm_xargs.method"),
+        ({"X-Dynmerge-Method": "linear"}, {"method": SOUPS}, "method"),
+        (IN_METHOD_HEADER, {"method": "linear"}, "X-Dynmerge-Method"),
+    ],
+)
+async def test_a_method_that_the_bank_cannot_serve_is_refused_where_it_was_said(
+    client: httpx.AsyncClient, headers: dict[str, str], body: dict[str, object], source: str
+) -> None:
+    error = await refused(client, headers=headers, preference={"ada": 1}, **body)
+    assert error["param"] == source
+    assert error["message"].startswith(f"{source}: lora-soups needs learned weights")
+
+
+def test_a_default_method_that_the_bank_cannot_serve_is_a_configuration_error(
+    runtime: Runtime,
+) -> None:
+    with pytest.raises(ConfigError, match=r"^default_method: lora-soups needs learned weights"):
+        create_app(runtime, ServerConfig(default_method=SOUPS))
+
+
+@pytest.mark.parametrize(
+    ("headers", "wish", "source"),
+    [
+        ({"X-Dynmerge-Method": "linear"}, Wish(method="ties"), "X-Dynmerge-Method"),
+        ({}, Wish(method="ties"), "method"),
+        ({}, Wish(xargs={"method": "ties"}), "vllm_xargs.method"),
+        ({}, Wish(), "default_method"),
+    ],
+)
+def test_the_runtime_is_told_where_the_method_comes_from(
+    runtime: Runtime,
+    headers: dict[str, str],
+    wish: Wish,
+    source: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolve = resolver(runtime, ServerConfig(default_method="linear;scale=2")).resolve
+    recipe, told = runtime.recipe, []
+
+    def noted(*chosen: Any, method_source: str) -> Recipe:
+        told.append(method_source)
+        return recipe(*chosen, method_source=method_source)
+
+    monkeypatch.setattr(runtime, "recipe", noted)
+    resolve(Headers(headers), wish, None)
+    assert told == [source]
 
 
 async def test_repeated_header_lines_are_one_list(client: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ hooks only follow it. A core is held as C^T (q, p): activations come in rows.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Plan:
     """How one batch maps to cores. `cores[module]` is what `whole` or `each` multiplies with."""
 
     tokens: int
-    kind: str  # whole: one core for all tokens; each: one per token; pieces: neither; none
+    kind: Literal["whole", "each", "pieces", "none"]  # one core for all tokens; one per token
     cores: Sequence[Tensor]
     pieces: tuple[Piece, ...] = ()
     outside: tuple[Outside, ...] = ()
@@ -140,8 +141,11 @@ class Layers:
         key = (*digests, *lengths)
         if self._made is None or self._made[0] != key:
             self._made = None  # its rows are about to change
-            self._made = key, self._planned(merges, lengths)
-        self.plan = self._made[1]
+            self.plan = self._planned(merges, lengths)
+            if not self.plan.outside:  # kept, it would hold a merge that the cache has let go
+                self._made = key, self.plan
+        else:
+            self.plan = self._made[1]
 
     def clear(self) -> None:
         """Leave the model as it was, until the next plan."""

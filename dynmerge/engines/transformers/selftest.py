@@ -108,7 +108,7 @@ def _generations(
     sampling = Sampling(max_tokens=2, temperature=0.0, logprobs=0, ignore_eos=True)
     merges: list[Merge | None] = [None]
     for task, name in enumerate(bank.names[:2]):
-        recipe = Recipe(Preference.of({name: 1.0}), MethodChoice("self-test", 0), bank.digest)
+        recipe = Recipe(Preference.of({name: 1.0}), MethodChoice("self-test", "0"), bank.digest)
         core = torch.cat([module.core(task).flatten() for module in bank.modules])
         merges.append(Merge(recipe, core.to(layers.device, layers.dtype)))
     spread = [place * base.vocabulary // 64 for place in range(1, 2 * PAGE + 2)]

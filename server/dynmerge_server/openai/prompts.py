@@ -43,7 +43,7 @@ class Prompts:
         self._longest = longest_token(engine.tokenizer)
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         normalizer = getattr(backend, "normalizer", None)
-        self._normal: Callable[[str], str] = normalizer.normalize_str if normalizer else str
+        self._normal: Callable[[str], str] | None = normalizer and normalizer.normalize_str
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="dynmerge-prompts")
 
     async def off_loop(self, work: Callable[[], Result]) -> Result:
@@ -74,8 +74,8 @@ class Prompts:
 
         Raises PromptTooLong for a text that is too large to be tokenised.
         """
-        self._check_bytes(text)
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=special)]
+        self._size(text)
+        return self._tokenised(text, special)
 
     def render(self, conversation: Conversation, special: bool) -> list[int]:
         """The token ids of a conversation in the model's chat template.
@@ -132,12 +132,14 @@ class Prompts:
         Even what is to be cut is tokenised whole: part of a text may be other tokens than the
         part of its tokens.
         """
-        self._check_bytes(text)
+        size = self._size(text)
         if request.truncate_prompt_tokens is None and self._longest is not None:
-            at_least = -(-len(self._normal(text).encode()) // self._longest)
+            if self._normal is not None:
+                size = len(self._normal(text).encode())
+            at_least = -(-size // self._longest)
             if at_least > self.context:
                 raise self._too_long(f"contains at least {at_least} input tokens")
-        ids = self.encode(text, special)
+        ids = self._tokenised(text, special)
         if not ids:
             raise RequestError("The prompt must be non-empty: it holds no token.", "prompt")
         return Prompt(tuple(ids), text)
@@ -157,10 +159,15 @@ class Prompts:
         ids = prompt.ids[:most] if request.truncation_side == "right" else prompt.ids[-most:]
         return prompt if ids == prompt.ids else Prompt(ids)
 
-    def _check_bytes(self, text: str) -> None:
+    def _tokenised(self, text: str, special: bool) -> list[int]:
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=special)]
+
+    def _size(self, text: str) -> int:
+        """Its bytes in UTF-8. Raises PromptTooLong for more than are tokenised."""
         size = len(text.encode())
         if size > self._most_bytes:
             raise self._too_long(f"is {size} bytes, of which at most {self._most_bytes} are read")
+        return size
 
     def _check(self, ids: Sequence[int], param: str) -> None:
         for token in ids:

@@ -3,7 +3,6 @@ meanwhile.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -22,14 +21,10 @@ from dynmerge_server.openai.fields import check_fields
 from dynmerge_server.openai.logprobs import Pieces
 from dynmerge_server.openai.requests import GenerationRequest
 from dynmerge_server.openai.run import Run, Update
+from dynmerge_server.sse import DONE, EVENT_STREAM, event
 from dynmerge_server.state import Serving, serving
 
-DONE = b"data: [DONE]\n\n"
-EVENT_STREAM = "text/event-stream"
-
 Result = TypeVar("Result")
-
-
 Wanted = TypeVar("Wanted", bound=GenerationRequest)
 
 
@@ -55,8 +50,12 @@ async def respond(
     run, dialect = Run(parts, asked), endpoint.dialect(parts.pieces)
     if not asked.stream:
         return await while_connected(request, _whole(run, dialect))
-    await while_connected(request, run.__aenter__())
-    return EventStream(_events(run, dialect), run)
+    try:
+        await while_connected(request, run.__aenter__())
+        return EventStream(_events(run, dialect), run)
+    except BaseException:  # no EventStream will close it
+        await _close(run)
+        raise
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -71,7 +70,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     finally:
         for each in (task, gone):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(task, gone, return_exceptions=True)
 
 
 class EventStream(StreamingResponse):
@@ -91,9 +91,13 @@ class EventStream(StreamingResponse):
             async with aclosing(self._events):
                 await super().__call__(scope, receive, send)
         finally:
-            # Shielded: a second cancellation must not leave a sequence running or a merge held.
-            with anyio.CancelScope(shield=True):
-                await self._run.close()
+            await _close(self._run)
+
+
+async def _close(run: Run) -> None:
+    # Shielded: a second cancellation must not leave a sequence running or a merge held.
+    with anyio.CancelScope(shield=True):
+        await run.close()
 
 
 async def _left(request: Request) -> None:
@@ -154,8 +158,3 @@ async def _choices(run: Run, dialect: Dialect) -> AsyncIterator[tuple[list[dict[
             told = replace(update, first=update.index not in begun)
             begun.add(update.index)
             yield [dialect.delta(asked, told)], last and not run.open_sequences
-
-
-def event(content: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"

@@ -85,10 +85,12 @@ class Run:
         self._last = [0.0] * asked.count
         self._aligners = [self._aligner(index) for index in range(asked.count)]
         self._timings: dict[str, float] = {}
+        self._open = False
         self.open_sequences = asked.count
 
     async def __aenter__(self) -> "Run":
         self._serving.metrics.in_flight += 1
+        self._open = True
         try:
             await self._start()
         except BaseException:
@@ -105,7 +107,10 @@ class Run:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel the sequences and give the merge back; once, after `__aenter__`."""
+        """Cancel the sequences and give the merge back, unless that has been done."""
+        if not self._open:
+            return
+        self._open = False
         self._serving.metrics.in_flight -= 1
         chunks, self._chunks = self._chunks, None
         try:
