@@ -266,7 +266,7 @@ def test_soup_weights_are_put_into_the_bank_and_a_bank_without_refuses_the_metho
     assert run(*words, "--soup-weights", tmp_path / "soups.json")[0] == 0
     export = ("-p", "ada=1", "--method", "lora-soups", "-o", tmp_path / "merge")
     assert run("export", tmp_path / "bank", *export)[0] == 0
-    code, _, err = run("export", bank, *export)
+    code, _, err = run("export", bank, *export[:-1], tmp_path / "other")
     assert code == 2
     assert "lora-soups needs learned weights, which this bank does not carry" in err
 
@@ -293,6 +293,13 @@ def test_export_writes_into_no_folder_that_is_there(run: Run, bank: Path, tmp_pa
     code, _, err = run("export", bank, "-p", "ada=1", "-o", tmp_path)
     assert code == 2
     assert "exists already" in err
+
+
+def test_export_of_a_merge_that_is_nothing_says_so(run: Run, bank: Path, tmp_path: Path) -> None:
+    words = ("-p", "ada=1", "--method", "linear;scale=0", "-o", tmp_path / "merge")
+    code, _, err = run("export", bank, *words)
+    assert code == 2
+    assert "leaves nothing of the merge" in err
 
 
 def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:

@@ -78,8 +78,7 @@ def save_adapter(
     updates = {module: update for module, update in adapter.modules.items() if update.rank}
     if not updates:
         raise AdapterError(f"adapter {folder.name!r}: there is no module to save")
-    if folder.exists():
-        raise AdapterError(f"adapter {folder.name!r}: a file or folder of that name exists already")
+    check_new(folder)
     if uniform:
         rank = max(adapter.ranks)
         updates = {module: _padded(update, rank) for module, update in updates.items()}
@@ -96,6 +95,12 @@ def save_adapter(
         raise AdapterError(f"adapter {folder.name!r} cannot be written: {reason}") from exc
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raise AdapterError if there is something at `folder`; worth asking before a long merge."""
+    if folder.exists():
+        raise AdapterError(f"adapter {folder.name!r}: a file or folder of that name exists already")
 
 
 def fetch_adapter(

@@ -2,7 +2,7 @@
 servers load.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,20 +30,28 @@ class Materialized:
     energy: float
 
 
-def materialize(bank: FactorBank, merge: Merge, rank: int | None = None) -> Materialized:
+def materialize(
+    bank: FactorBank,
+    merge: Merge,
+    rank: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Materialized:
     """The best adapter of at most `rank` (all of it by default) for a merge of `bank`.
+
+    `progress(done, total)` is called after each module.
 
     With P S Q^T each module's thin SVD, B = P S^1/2 and A = S^1/2 Q^T: cut, they are the nearest
     update of that rank.
     """
     updates: dict[str, LowRank] = {}
     kept = total = 0.0
-    for module, (P, S, Q) in _directions(bank, merge):
+    for done, (module, (P, S, Q)) in enumerate(_directions(bank, merge), start=1):
         width = int(real(S).sum())
         width = width if rank is None else min(rank, width)
         root = S[:width].sqrt()
         kept += float(S[:width].square().sum())
         total += float(S.square().sum())
+        progress(done, len(bank.modules))
         if not width:
             continue  # a module that no skill in the merge touches
         updates[module.name] = LowRank(

@@ -90,10 +90,10 @@ def test_a_client_that_leaves_while_its_merge_is_made(
     begun, go = threading.Event(), threading.Event()
     make = runtime.cache._make
 
-    def slow(recipe: object) -> object:
+    def slow(recipe: object, wanted: object) -> object:
         begun.set()
         assert go.wait(5)
-        return make(recipe)  # type: ignore[arg-type]
+        return make(recipe, wanted)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runtime.cache, "_make", slow)
     leave_after(url, {}, begun.is_set)

@@ -166,7 +166,8 @@ class Prompts:
         """Its bytes in UTF-8. Raises PromptTooLong for more than are tokenised."""
         size = len(text.encode())
         if size > self._most_bytes:
-            raise self._too_long(f"is {size} bytes, of which at most {self._most_bytes} are read")
+            reason = f"your prompt is {size} bytes, of which at most {self._most_bytes} are read"
+            raise self._refusal(reason)
         return size
 
     def _check(self, ids: Sequence[int], param: str) -> None:
@@ -175,11 +176,13 @@ class Prompts:
                 raise RequestError(f"Token id {token} is out of vocabulary", param)
 
     def _too_long(self, contains: str, wanted: int = 0) -> PromptTooLong:
+        return self._refusal(f"you requested {wanted} output tokens and your prompt {contains}")
+
+    def _refusal(self, reason: str) -> PromptTooLong:
         # LiteLLM recognises this sentence, up to "However".
         return PromptTooLong(
-            f"This model's maximum context length is {self.context} tokens. However, you requested "
-            f"{wanted} output tokens and your prompt {contains}. Please reduce the length of the "
-            "input prompt or the number of requested output tokens.",
+            f"This model's maximum context length is {self.context} tokens. However, {reason}. "
+            "Please reduce the length of the input prompt or the number of requested output tokens.",
             "input_tokens",
         )
 
