@@ -11,7 +11,7 @@ at the smallest, whose layers are dense on a CPU in bearable time.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -153,8 +153,8 @@ def hit_seconds(bank: FactorBank, rounds: int) -> float:
     return alternate({"hit": hit}, rounds)["hit"] / 1000
 
 
-def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]:
-    """All figures for one size, in seconds and bytes."""
+def measure(size: Size, seed: int, device: str, quick: bool) -> tuple[dict[str, float], FactorBank]:
+    """All figures for one size, in seconds and bytes, and the bank they are of."""
     figures: dict[str, float] = {}
     adapters = random_adapters(size.shapes(), TASKS, RANK, seed)
     with timed(figures, "build"):
@@ -178,17 +178,13 @@ def measure(size: Size, seed: int, device: str, quick: bool) -> dict[str, float]
     if not quick:
         figures["peft_ties_svd"] = svd_seconds(size, adapters, device, quick, "ties_svd")
     figures["hit"] = hit_seconds(bank, 5)
-    return figures
+    return figures, bank
 
 
-def method_costs(
-    size: Size, arguments: argparse.Namespace, methods: Sequence[str], layers: int
-) -> Costs:
-    """What `methods` cost at a size's shapes; --quick takes so many of its layers."""
-    shapes = size.shapes(layers if arguments.quick else None)
-    adapters = random_adapters(shapes, TASKS, RANK, arguments.seed)
-    bank = build_bank(BaseIdentity(size.name, ""), adapters).to(arguments.device)
-    return costs(bank, methods, 1 if arguments.quick else 5, arguments.device)
+def small_bank(size: Size, arguments: argparse.Namespace, layers: int | None) -> FactorBank:
+    """A bank at a size's shapes, of so many of its layers."""
+    adapters = random_adapters(size.shapes(layers), TASKS, RANK, arguments.seed)
+    return build_bank(BaseIdentity(size.name, ""), adapters).to(arguments.device)
 
 
 def show_methods(title: str, found: Costs) -> None:
@@ -203,10 +199,10 @@ def main() -> None:
     parser = options(__doc__ or "")
     arguments = parser.parse_args()
     sizes = SIZES[:1] if arguments.quick else SIZES
-    figures = {
-        size.name: measure(size, arguments.seed, arguments.device, arguments.quick)
-        for size in sizes
-    }
+    figures = {}
+    for size in sizes:
+        found = measure(size, arguments.seed, arguments.device, arguments.quick)
+        figures[size.name], bank = found
     columns = ["build", "linear", "hit", "peft_linear", "peft_cat", "peft_svd"]
     if not arguments.quick:
         columns += ["peft_ties", "peft_dare_ties", "peft_ties_svd"]
@@ -224,10 +220,15 @@ def main() -> None:
         ("size", "modules", *columns, "MiB a merge", "MiB as an adapter"),
         rows,
     )
-    in_core = method_costs(sizes[-1], arguments, CORE, layers=3)
-    show_methods(f"methods in core space, {sizes[-1].name} shapes", in_core)
-    elsewhere = method_costs(sizes[0], arguments, DENSE, layers=1)
-    show_methods(f"methods in the background, {sizes[0].name} shapes", elsewhere)
+    rounds, device = 1 if arguments.quick else 5, arguments.device
+    if arguments.quick:
+        bank = small_bank(sizes[0], arguments, layers=3)
+    in_core = costs(bank, CORE, rounds, device)
+    show_methods(f"methods in core space, {len(bank.modules)} modules of the largest size", in_core)
+    small = small_bank(sizes[0], arguments, layers=1 if arguments.quick else None)
+    elsewhere = costs(small, DENSE, 1 if arguments.quick else 3, device)
+    title = f"methods in the background, {len(small.modules)} modules of the smallest size"
+    show_methods(title, elsewhere)
     largest = figures[sizes[-1].name]
     ratios = {
         "peft_svd_over_linear": largest["peft_svd"] / largest["linear"],

@@ -5,6 +5,7 @@ unmodified `openai` client: what a user would do.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--once", action="store_true", help="stop after the three answers")
     arguments = parser.parse_args()
+    # Ended by another process, too, it takes its server along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.perf_counter()
     OUT.print("making the bank (the first time, the base model is unpacked too) ...")
     bank = demo_bank(arguments.bank.resolve())

@@ -64,3 +64,46 @@ async def test_the_reply_headers(client: httpx.AsyncClient) -> None:
         "prefill",
     }
     assert HEADER in first["vary"]
+
+
+@pytest.mark.parametrize(
+    ("method", "energy"), [("ties;space=full;rank=1", (0.2, 0.999)), ("knots-ties", (1.0, 1.0))]
+)
+async def test_a_merge_that_left_the_shared_bases_says_its_rank_and_the_energy_it_kept(
+    client: httpx.AsyncClient, method: str, energy: tuple[float, float]
+) -> None:
+    reply = await chat(client, {"X-Dynmerge-Method": method}, preference={"ada": 1, "bob": 1})
+    block = reply["dynmerge"]
+    assert energy[0] <= block["energy"] <= energy[1]
+    assert block["rank"] == (1 if "rank" in method else 6)
+    again = await chat(client, preference=block["text"], method=block["method"])
+    assert (again["dynmerge"]["merge_id"], again["dynmerge"]["cache"]) == (block["merge_id"], "hit")
+    assert "energy" not in (await chat(client, preference={"ada": 1}))["dynmerge"]
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("ties;density=0", "ties;density must lie within 0.001 .. 1, not 0"),
+        ("ties;density=1.5", "ties;density must lie within 0.001 .. 1, not 1.5"),
+        ("ties;space=latent", "ties;space is one of core|knots|full"),
+        ("ties;rank=3", "rank=3 is for space=full"),
+        ("lora-soups", "lora-soups needs learned weights"),
+        ("tara", "no method 'tara' (known: linear"),
+    ],
+)
+async def test_a_method_that_cannot_be_served_is_a_400_that_says_what_is_allowed(
+    client: httpx.AsyncClient, method: str, says: str
+) -> None:
+    headers = {"X-Dynmerge-Method": method}
+    refused = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+    body = await client.post("/v1/chat/completions", json={**CHAT, "method": method})
+    for reply, param in ((refused, "X-Dynmerge-Method"), (body, "method")):
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert says in error["message"]
+        assert error["message"].startswith(f"{param}: ")
+        assert error["param"] == param
+    fine = {"X-Dynmerge-Method": "ties;density=0.001"}
+    served = await client.post("/v1/chat/completions", json=CHAT, headers=fine)
+    assert served.status_code == 200

@@ -182,7 +182,8 @@ class Prompts:
         # LiteLLM recognises this sentence, up to "However".
         return PromptTooLong(
             f"This model's maximum context length is {self.context} tokens. However, {reason}. "
-            "Please reduce the length of the input prompt or the number of requested output tokens.",
+            "Please reduce the length of the input prompt or the number of requested output "
+            "tokens.",
             "input_tokens",
         )
 
