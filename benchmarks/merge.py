@@ -27,8 +27,8 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.merging.cache import MergeCache
+from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import merge
-from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

@@ -13,8 +13,8 @@ from statistics import median
 
 from benchmarks.harness import settle
 from dynmerge.bank.bank import FactorBank
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merger
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 

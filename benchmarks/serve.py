@@ -23,8 +23,8 @@ from dynmerge.engines.engine import Generation, Sampling
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.engine import TransformersEngine
 from dynmerge.engines.transformers.model import LoadedModel
+from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

@@ -20,9 +20,10 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Chunk, Engine, Generation
 from dynmerge.errors import ConfigError, EngineDead, MethodError, Overloaded
 from dynmerge.merging.cache import Claim, MergeCache
+from dynmerge.merging.choice import HEADER as METHOD_HEADER
+from dynmerge.merging.choice import default_method
+from dynmerge.merging.demands import check_bank, in_background, outside_bytes
 from dynmerge.merging.merge import Merge, Merger
-from dynmerge.merging.methods import HEADER as METHOD_HEADER
-from dynmerge.merging.methods import check_bank, default_method, in_background, outside_bytes
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 

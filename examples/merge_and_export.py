@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dynmerge.adapters.checkpoint import save_adapter
 from dynmerge.bank.storage import load_bank
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.materialize import materialize
 from dynmerge.merging.merge import merge
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

@@ -13,8 +13,8 @@ from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.transformers.layers import Layers
+from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests import reference

@@ -20,7 +20,8 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.storage import load_bank, read_manifest
 from dynmerge.cli import main
-from dynmerge.merging.methods import METHODS, SCALE, STEPS, parse_method
+from dynmerge.merging.choice import parse_method
+from dynmerge.merging.methods import METHODS, SCALE, STEPS
 from tests import reference
 
 Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from dynmerge.merging.methods import default_method, parse_method
+from dynmerge.merging.choice import default_method, parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

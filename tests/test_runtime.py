@@ -7,8 +7,8 @@ import torch
 
 from dynmerge.engines.engine import Chunk, Generation, Load, Sampling, Token
 from dynmerge.errors import ConfigError, EngineDead, MethodError, Overloaded, PreferenceError
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from dynmerge.runtime import Lease, Runtime

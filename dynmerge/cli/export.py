@@ -6,9 +6,9 @@ from dynmerge.adapters.checkpoint import check_new, save_adapter
 from dynmerge.bank.storage import load_bank, read_manifest
 from dynmerge.cli.console import line, progress_bar
 from dynmerge.errors import MethodError, PreferenceError
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.materialize import materialize
 from dynmerge.merging.merge import merge
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

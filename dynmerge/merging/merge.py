@@ -11,10 +11,14 @@ from torch import Tensor
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
-from dynmerge.merging.methods import carry_out, check_bank, support_of
-from dynmerge.merging.outcome import Thin
-from dynmerge.merging.support import Support
-from dynmerge.recipe import Recipe
+from dynmerge.merging import pico, svc
+from dynmerge.merging.choice import parts_of
+from dynmerge.merging.demands import check_bank
+from dynmerge.merging.methods import METHODS, SCALE
+from dynmerge.merging.outcome import Outcome, Thin
+from dynmerge.merging.parameters import number
+from dynmerge.merging.support import Support, support_of
+from dynmerge.recipe import MethodChoice, Recipe, Value
 
 PREPARED_BYTES = 1 << 29
 MAX_SUPPORTS = 256
@@ -122,3 +126,20 @@ class Merger:
 def merge(bank: FactorBank, recipe: Recipe, dtype: torch.dtype = torch.float32) -> Merge:
     """One merge of a bank, with nothing kept for the next."""
     return Merger(bank, dtype, prepared=0).merge(recipe)
+
+
+def carry_out(support: Support, weights: Tensor, method: MethodChoice) -> Outcome:
+    """The merge of a support under its weights (skills,), all of them positive."""
+    before, merger, after = parts_of(method.name)
+    values: dict[str, Value] = {**dict(method.parameters), **METHODS[merger].fixed}
+    seen = pico.calibrated(support, weights, values) if before else support
+    outcome = METHODS[merger].merge(seen, weights, values)
+    if after:
+        outcome = svc.balanced(outcome, seen, weights, values)
+    if before:
+        outcome = pico.restored(outcome, support, weights, values)
+    scale = number(values, SCALE.name)
+    if scale == 1:
+        return outcome
+    factor = weights.new_tensor([scale])
+    return outcome.scaled(support, [factor] * len(support.groups))

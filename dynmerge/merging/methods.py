@@ -1,21 +1,15 @@
 """METHODS: every merge rule by name, with its parameters and what it promises.
 
 A full method is `[pico+]METHOD[+svc]`: what comes before a merger, the merger, what comes after.
-Nothing here knows caches or engines. docs/merge-methods.md has the formulas.
+A table: it knows no texts, caches or engines. docs/merge-methods.md has the formulas.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import cast
 
-import http_sf
-import torch
 from torch import Tensor
 
-from dynmerge.bank.bank import FactorBank
-from dynmerge.errors import MethodError
-from dynmerge.merging import pico, svc
+from dynmerge.merging import pico
 from dynmerge.merging.arithmetic import linear, lora_soups
 from dynmerge.merging.consensus import AGGREGATES, SUMS
 from dynmerge.merging.elementwise import dropping, elected, pruning, summed, trimming
@@ -26,11 +20,7 @@ from dynmerge.merging.spaces import SPACES
 from dynmerge.merging.sparsify import RESCALE
 from dynmerge.merging.spectral import iso_c, iso_c_dense, iso_cts, tsv_m
 from dynmerge.merging.support import Support
-from dynmerge.preference import Preference
-from dynmerge.recipe import MethodChoice, Recipe, Value
 
-HEADER = "X-Dynmerge-Method"
-DEFAULT = "linear"
 CALIBRATION, AFTER = "pico", "svc"
 
 # (support, its weights (skills,) none negative, parameters) -> one update per module
@@ -111,12 +101,6 @@ ELECTION = (
     Choice("order", "paper", ("paper", "mergekit"), "elect, then weight; or the other way round"),
 )
 KNOTS: Values = {"space": "knots", "rank": 0.0}
-# The most columns a merge's own factors have: min(d_out, d_in), ranks of the support, rank asked.
-WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
-    "knots": lambda least, stacked, asked: min(least, stacked),
-    "full": lambda least, stacked, asked: min(least, asked or stacked),
-    "dense": lambda least, stacked, asked: least,
-}
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
@@ -229,138 +213,3 @@ STEPS: Mapping[str, Step] = {
         (Number("floor", 0.0, 0.0, 1.0, "the least a skill counts; 0: 1 / skills"),),
     ),
 }
-
-
-def parse_method(text: str, source: str = HEADER) -> MethodChoice:
-    """Read an RFC 9651 item such as `ties;density=0.2`. Raises MethodError naming the choices."""
-    twice: list[str] = []
-    try:
-        item = http_sf.parse(
-            text.encode("ascii"),
-            tltype="item",
-            on_duplicate_key=lambda key, _context: twice.append(key),
-        )
-    except (http_sf.StructuredFieldError, UnicodeEncodeError):
-        raise MethodError(
-            f"{source}: {text[:80]!r} is not a method; write one such as linear;scale=0.8, "
-            "in lower case, numbers with at most three decimals",
-            source,
-        ) from None
-    value, given = cast("tuple[object, dict[str, object]]", item)
-    if twice:
-        raise MethodError(f"{source}: the parameter {twice[0]!r} stands there twice", source)
-    if not isinstance(value, http_sf.Token):
-        reason = f"{text[:80]!r} is not a method: its name is a bare word"
-        raise MethodError(f"{source}: {reason}", source)
-    return choose(str(value), given, source)
-
-
-def choose(name: str, given: Mapping[str, object], source: str) -> MethodChoice:
-    """The choice of method `name` with defaults filled in.
-
-    Raises MethodError on a name or parameter that is not known, or a value that is not allowed.
-    """
-    before, merger, after = _parts(name, source)
-    full = "+".join(part for part in (before, merger, after) if part)
-    rows: list[Method | Step] = [METHODS[merger]]
-    rows += [STEPS[part] for part in (before, after) if part]
-    known = {parameter.name: parameter for row in rows for parameter in row.parameters}
-    known[SCALE.name] = SCALE
-    for key in given:
-        if key not in known:
-            raise MethodError(
-                f"{source}: {full} has no parameter {key!r} (it takes: {', '.join(known)})", source
-            )
-    values = [
-        (key, parameter.check(given.get(key, parameter.default), full, source))
-        for key, parameter in sorted(known.items())
-    ]
-    wrong = METHODS[merger].check(dict(values))
-    if wrong:
-        raise MethodError(f"{source}: {full}: {wrong}", source)
-    return MethodChoice(full, ".".join(str(row.version) for row in rows), tuple(values))
-
-
-@cache
-def default_method() -> MethodChoice:
-    """What serves where nobody chose."""
-    return parse_method(DEFAULT)
-
-
-def in_background(method: MethodChoice) -> bool:
-    """Whether a merge by `method` may take long: others should not wait behind it."""
-    _, merger, _ = _parts(method.name, HEADER)
-    values = dict(method.parameters)
-    return METHODS[merger].background or values.get("space", "core") != "core"
-
-
-def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
-    """Raise MethodError where `bank` lacks what `method` needs."""
-    _, merger, _ = _parts(method.name, source)
-    if METHODS[merger].needs_soups and not bank.has_soups:
-        raise MethodError(
-            f"{source}: {merger} needs learned weights, which this bank does not carry; "
-            "dynmerge build --soup-weights puts them in",
-            source,
-        )
-
-
-def outside_bytes(bank: FactorBank, recipe: Recipe, itemsize: int) -> int:
-    """Most bytes that the recipe's merge takes with factors of its own; 0 if it stays inside."""
-    _, merger, _ = _parts(recipe.method.name, HEADER)
-    values = dict(recipe.method.parameters) | dict(METHODS[merger].fixed)
-    width = WIDTHS.get("dense" if merger == "iso-c-dense" else str(values.get("space", "core")))
-    if width is None:
-        return 0
-    vector = recipe.preference.vector(bank.names)
-    total = 0
-    for module in bank.modules:
-        rank = sum(r for r, weight in zip(module.ranks, vector, strict=True) if weight)
-        d_out, d_in = len(module.U), len(module.V)
-        if rank:
-            total += (d_out + d_in) * width(min(d_out, d_in), rank, int(values.get("rank", 0)))
-    return total * itemsize
-
-
-def support_of(bank: FactorBank, preference: Preference) -> tuple[dict[int, int], Tensor]:
-    """The tasks that take part with their signs, and their weights' magnitudes (skills,)."""
-    vector = preference.vector(bank.names)
-    signs = {task: 1 if weight > 0 else -1 for task, weight in enumerate(vector) if weight}
-    return signs, torch.tensor([abs(vector[task]) for task in signs], device=bank.device)
-
-
-def carry_out(support: Support, weights: Tensor, method: MethodChoice) -> Outcome:
-    """The merge of a support under its weights (skills,), all of them positive."""
-    before, merger, after = _parts(method.name, HEADER)
-    values: dict[str, Value] = {**dict(method.parameters), **METHODS[merger].fixed}
-    seen = pico.calibrated(support, weights, values) if before else support
-    outcome = METHODS[merger].merge(seen, weights, values)
-    if after:
-        outcome = svc.balanced(outcome, seen, weights, values)
-    if before:
-        outcome = pico.restored(outcome, support, weights, values)
-    scale = number(values, SCALE.name)
-    if scale == 1:
-        return outcome
-    factor = weights.new_tensor([scale])
-    return outcome.scaled(support, [factor] * len(support.groups))
-
-
-def _parts(name: str, source: str) -> tuple[str, str, str]:
-    """Calibration, merger and what comes after; empty where there is none."""
-    parts = name.split("+")
-    before = parts.pop(0) if parts[0] == CALIBRATION else ""
-    after = parts.pop() if len(parts) > 1 and parts[-1] == AFTER else ""
-    merger = parts.pop(0) if parts else DEFAULT
-    if parts or merger not in METHODS:
-        raise MethodError(f"{source}: {_unknown(name)}", source)
-    if after and not METHODS[merger].takes_svc:
-        raise MethodError(f"{source}: {merger} has no directions for {AFTER} to tell apart", source)
-    return before, merger, after
-
-
-def _unknown(name: str) -> str:
-    return (
-        f"no method {name[:80]!r} (known: {', '.join(METHODS)}; "
-        f"before any of them {CALIBRATION}+, after it +{AFTER})"
-    )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank, FactorGroup, Task
 from dynmerge.errors import Abandoned
+from dynmerge.preference import Preference
 
 Parts = tuple[Tensor, ...]
 
@@ -105,6 +106,13 @@ def _restricted(group: FactorGroup, chosen: Sequence[int], signs: Mapping[int, i
         return group
     turned = torch.tensor([float(signs[task]) for task in chosen], device=group.left.device)
     return replace(group, left=group.left * group.per_direction(turned))
+
+
+def support_of(bank: FactorBank, preference: Preference) -> tuple[dict[int, int], Tensor]:
+    """The tasks that take part with their signs, and their weights' magnitudes (skills,)."""
+    vector = preference.vector(bank.names)
+    signs = {task: 1 if weight > 0 else -1 for task, weight in enumerate(vector) if weight}
+    return signs, torch.tensor([abs(vector[task]) for task in signs], device=bank.device)
 
 
 def normed(weights: Tensor, p: float) -> Tensor:

@@ -19,8 +19,9 @@ from starlette.datastructures import Headers
 
 from dynmerge import preference as preferences
 from dynmerge.errors import ConfigError, PreferenceError, RequestError
-from dynmerge.merging import methods
-from dynmerge.merging.methods import check_bank, parse_method
+from dynmerge.merging import choice
+from dynmerge.merging.choice import parse_method
+from dynmerge.merging.demands import check_bank
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 from dynmerge.runtime import Runtime
@@ -30,7 +31,7 @@ from dynmerge_server.models import Models
 PREFIX = "x-dynmerge-"
 PREFERENCE_HEADER = preferences.HEADER
 PRESET_HEADER = "X-Dynmerge-Preset"
-METHOD_HEADER = methods.HEADER
+METHOD_HEADER = choice.HEADER
 UNIT_HEADER = "X-Dynmerge-Unit"  # read by experiments
 REQUEST_HEADERS = (PREFERENCE_HEADER, PRESET_HEADER, METHOD_HEADER, UNIT_HEADER)
 

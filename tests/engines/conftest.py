@@ -18,8 +18,8 @@ from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.engine import Chunk, Engine, Generation, Sampling, Token
 from dynmerge.engines.transformers import EngineConfig, LoadedModel, TransformersEngine
+from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests.conftest import tiny_model

@@ -13,8 +13,8 @@ from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.engines.transformers.layers import Layers, Piece, pieces
 from dynmerge.errors import BankError
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests.conftest import tiny_model

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.build import with_soups
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge, merge
-from dynmerge.merging.methods import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests.bank_factory import random_adapters, random_bank

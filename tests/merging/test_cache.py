@@ -8,8 +8,8 @@ import torch
 
 from dynmerge.errors import Abandoned, DynmergeError, Overloaded
 from dynmerge.merging.cache import MergeCache
+from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import Merge
-from dynmerge.merging.methods import default_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 

@@ -11,14 +11,10 @@ from torch.testing import assert_close
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.build import with_soups
 from dynmerge.errors import DynmergeError, MethodError
+from dynmerge.merging.choice import choose, default_method, parse_method
+from dynmerge.merging.demands import in_background
 from dynmerge.merging.merge import Merge, Merger, merge
-from dynmerge.merging.methods import (
-    METHODS,
-    choose,
-    default_method,
-    in_background,
-    parse_method,
-)
+from dynmerge.merging.methods import METHODS
 from dynmerge.merging.parameters import Choice, Number
 from dynmerge.merging.spaces import SPACES
 from dynmerge.preference import Preference

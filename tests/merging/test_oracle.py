@@ -9,8 +9,9 @@ from torch import Tensor
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
+from dynmerge.merging.choice import parse_method
 from dynmerge.merging.lego import starts
-from dynmerge.merging.methods import METHODS, parse_method
+from dynmerge.merging.methods import METHODS
 from dynmerge.merging.sparsify import uniform
 from tests import reference
 from tests.bank_factory import BASE, random_adapter

@@ -1,0 +1,51 @@
+"""Demands: what a recipe asks of the bank, of time and of room, known before it is carried out."""
+
+from collections.abc import Callable, Mapping
+
+from dynmerge.bank.bank import FactorBank
+from dynmerge.errors import MethodError
+from dynmerge.merging.choice import HEADER, parts_of
+from dynmerge.merging.methods import METHODS
+from dynmerge.recipe import MethodChoice, Recipe
+
+# The most columns a merge's own factors have: min(d_out, d_in), ranks of the support, rank asked.
+WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
+    "knots": lambda least, stacked, asked: min(least, stacked),
+    "full": lambda least, stacked, asked: min(least, asked or stacked),
+    "dense": lambda least, stacked, asked: least,
+}
+
+
+def in_background(method: MethodChoice) -> bool:
+    """Whether a merge by `method` may take long: others should not wait behind it."""
+    _, merger, _ = parts_of(method.name)
+    values = dict(method.parameters)
+    return METHODS[merger].background or values.get("space", "core") != "core"
+
+
+def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
+    """Raise MethodError where `bank` lacks what `method` needs."""
+    _, merger, _ = parts_of(method.name, source)
+    if METHODS[merger].needs_soups and not bank.has_soups:
+        raise MethodError(
+            f"{source}: {merger} needs learned weights, which this bank does not carry; "
+            "dynmerge build --soup-weights puts them in",
+            source,
+        )
+
+
+def outside_bytes(bank: FactorBank, recipe: Recipe, itemsize: int) -> int:
+    """Most bytes that the recipe's merge takes with factors of its own; 0 if it stays inside."""
+    _, merger, _ = parts_of(recipe.method.name)
+    values = dict(recipe.method.parameters) | dict(METHODS[merger].fixed)
+    width = WIDTHS.get("dense" if merger == "iso-c-dense" else str(values.get("space", "core")))
+    if width is None:
+        return 0
+    vector = recipe.preference.vector(bank.names)
+    total = 0
+    for module in bank.modules:
+        rank = sum(r for r, weight in zip(module.ranks, vector, strict=True) if weight)
+        d_out, d_in = len(module.U), len(module.V)
+        if rank:
+            total += (d_out + d_in) * width(min(d_out, d_in), rank, int(values.get("rank", 0)))
+    return total * itemsize
