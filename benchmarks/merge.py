@@ -6,7 +6,7 @@ so that an 8B model's adapters fit where its weights would not; its merge never 
 weights. PEFT's SVD is timed on one layer and multiplied by the layers (it loops over modules); at
 8B on its smallest module only, multiplied by the number of modules, which makes the figure a lower
 bound. A second table has a row for every method: in core space at the largest size, in other spaces
-at the smallest, whose layers are dense on a CPU in bearable time.
+at a few layers of the smallest, which a CPU can write out in bearable time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.merging.cache import MergeCache
 from dynmerge.merging.choice import default_method
-from dynmerge.merging.merge import merge
+from dynmerge.merging.merge import Merger, merge
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 
@@ -142,7 +142,7 @@ def svd_seconds(
 
 def hit_seconds(bank: FactorBank, rounds: int) -> float:
     """Median seconds from a preference to holding its merge, when the merge is in the cache."""
-    cache = MergeCache(lambda recipe: merge(bank, recipe), capacity=1 << 34)
+    cache = MergeCache(Merger(bank).merge, capacity=1 << 34)
     preference = Preference.of({f"task{index}": 1.0 + index for index in range(TASKS)})
 
     def hit() -> None:
@@ -225,7 +225,7 @@ def main() -> None:
         bank = small_bank(sizes[0], arguments, layers=3)
     in_core = costs(bank, CORE, rounds, device)
     show_methods(f"methods in core space, {len(bank.modules)} modules of the largest size", in_core)
-    small = small_bank(sizes[0], arguments, layers=1 if arguments.quick else None)
+    small = small_bank(sizes[0], arguments, layers=1 if arguments.quick else 4)
     elsewhere = costs(small, DENSE, 1 if arguments.quick else 3, device)
     title = f"methods in the background, {len(small.modules)} modules of the smallest size"
     show_methods(title, elsewhere)
