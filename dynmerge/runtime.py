@@ -23,7 +23,7 @@ from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.choice import HEADER as METHOD_HEADER
 from dynmerge.merging.choice import default_method
 from dynmerge.merging.demands import check_bank, in_background, outside_bytes
-from dynmerge.merging.merge import Merge, Merger
+from dynmerge.merging.merge import PREPARED_BYTES, Merge, Merger
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -68,7 +68,12 @@ class Runtime:
     """A bank, an engine that runs its base model, and the cache of merges between them."""
 
     def __init__(
-        self, bank: FactorBank, engine: Engine, *, cache_bytes: int = DEFAULT_CACHE_BYTES
+        self,
+        bank: FactorBank,
+        engine: Engine,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        prepared_bytes: int = PREPARED_BYTES,
     ) -> None:
         """Serve `bank` with `engine`. Raises ConfigError when the cache cannot hold one merge."""
         merge_bytes = bank.layout.size * engine.dtype.itemsize
@@ -79,7 +84,7 @@ class Runtime:
         # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
         self.bank = bank.to(engine.device, bases=False)
         self.engine = engine
-        self._merger = Merger(self.bank, engine.dtype)
+        self._merger = Merger(self.bank, engine.dtype, prepared_bytes)
         self._room = cache_bytes
         self.cache = MergeCache(self._make, capacity=cache_bytes)
         self._closed = False

@@ -97,6 +97,7 @@ class ServerConfig:
     default_method: str | None = None  # as in the header; None is the library's default
     allow_negative: bool = False  # raw weights below zero
     cache_bytes: Size = 1 << 30  # of merges
+    prepared_bytes: Size = 1 << 29  # of what methods prepare from a set of skills
     drain_seconds: Size = 30  # between SIGTERM and giving up on requests in flight
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)

@@ -55,7 +55,9 @@ def open_runtime(bank_folder: Path, config: ServerConfig) -> tuple[Runtime, Samp
     base = BaseModel.open(source)
     bank = load_bank(bank_folder)
     engine = TransformersEngine.from_base(base, bank, config.engine)
-    runtime = Runtime(bank, engine, cache_bytes=config.cache_bytes)
+    runtime = Runtime(
+        bank, engine, cache_bytes=config.cache_bytes, prepared_bytes=config.prepared_bytes
+    )
     return runtime, sampling_of(base.folder)
 
 
