@@ -146,7 +146,9 @@ class Runtime:
                 made = claim.future.result()
             else:
                 # Shielded: a client that leaves must not cancel the merge others wait for.
-                made = await asyncio.shield(asyncio.wrap_future(claim.future))
+                waiting = asyncio.wrap_future(claim.future)
+                waiting.add_done_callback(_heard)
+                made = await asyncio.shield(waiting)
         except BaseException:
             self.cache.release(claim)
             raise
@@ -201,6 +203,12 @@ class Runtime:
         self.engine.close()
         self._merging.shutdown(wait=True)
         self._background.shutdown(wait=True)
+
+
+def _heard(merge: "asyncio.Future[Merge]") -> None:
+    """Take note of an error that a client who left will not: asyncio would log its trace."""
+    if not merge.cancelled():
+        merge.exception()
 
 
 def _give_way() -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 
@@ -183,6 +184,27 @@ async def test_a_merge_that_takes_long_does_not_hold_up_a_quick_one(wide_runtime
             assert lease.merge is not None
             assert lease.merge.own is not None
     wide_runtime.close()
+
+
+async def test_a_long_merge_that_its_only_client_leaves_stops_without_a_trace(
+    wide_runtime: Runtime,
+) -> None:
+    reported: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    recipe = wide_runtime.recipe(Preference.parse("ada, bob"), parse_method("ties;space=full"))
+    go = hold_back(wide_runtime)
+    leaver = asyncio.create_task(wide_runtime.lease(recipe))
+    await asyncio.sleep(0.05)
+    leaver.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaver
+    go.set()
+    while wide_runtime.cache.stats().entries:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert wide_runtime.cache.stats().failures == 1
+    assert reported == []
 
 
 @pytest.mark.parametrize("method", ["linear", "ties;space=full"])
