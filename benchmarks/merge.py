@@ -201,8 +201,7 @@ def main() -> None:
     sizes = SIZES[:1] if arguments.quick else SIZES
     figures = {}
     for size in sizes:
-        found = measure(size, arguments.seed, arguments.device, arguments.quick)
-        figures[size.name], bank = found
+        figures[size.name], bank = measure(size, arguments.seed, arguments.device, arguments.quick)
     columns = ["build", "linear", "hit", "peft_linear", "peft_cat", "peft_svd"]
     if not arguments.quick:
         columns += ["peft_ties", "peft_dare_ties", "peft_ties_svd"]

@@ -18,7 +18,7 @@ import torch
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.engine import Chunk, Engine, Generation
-from dynmerge.errors import ConfigError, EngineDead, MethodError, Overloaded
+from dynmerge.errors import ConfigError, DynmergeError, EngineDead, MethodError, Overloaded
 from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.choice import HEADER as METHOD_HEADER
 from dynmerge.merging.choice import default_method
@@ -88,8 +88,7 @@ class Runtime:
         self._room = cache_bytes
         self.cache = MergeCache(self._make, capacity=cache_bytes)
         self._closed = False
-        self._behind = 0  # merges in the background lane
-        self._counting = threading.Lock()
+        self._places = threading.Semaphore(MAX_BACKGROUND)
         # One worker each: merges queue instead of fighting over the cores the engine runs on, and
         # a quick one never waits behind one that takes long.
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="dynmerge-merging")
@@ -156,18 +155,20 @@ class Runtime:
 
     def _start(self, claim: Claim) -> None:
         slow = in_background(claim.recipe.method)
-        if slow and self._behind >= MAX_BACKGROUND:
-            error = Overloaded(f"{self._behind} merges wait to be made in the background already")
-            self.cache.fail(claim, error)
-            raise error
+        if slow and not self._places.acquire(blocking=False):
+            full = f"{MAX_BACKGROUND} merges wait to be made in the background already"
+            raise self._failed(claim, Overloaded(full))
         lane = self._background if slow else self._merging
         try:
-            with self._counting:
-                self._behind += slow
-            lane.submit(self._fill, claim).add_done_callback(lambda _: self._done(slow))
+            filled = lane.submit(self._fill, claim)
         except RuntimeError:  # closed: others who wait for this merge must hear of it
-            self.cache.fail(claim, EngineDead(_CLOSED))
-            raise EngineDead(_CLOSED) from None
+            raise self._failed(claim, EngineDead(_CLOSED)) from None
+        if slow:
+            filled.add_done_callback(lambda _: self._places.release())
+
+    def _failed(self, claim: Claim, error: DynmergeError) -> DynmergeError:
+        self.cache.fail(claim, error)
+        return error
 
     def _make(self, recipe: Recipe, wanted: Callable[[], bool]) -> Merge:
         def still() -> bool:
@@ -182,10 +183,6 @@ class Runtime:
             made = self._merger.merge(recipe, still)
             self._stream.synchronize()
         return made
-
-    def _done(self, slow: bool) -> None:
-        with self._counting:
-            self._behind -= slow
 
     def _fill(self, claim: Claim) -> None:
         if self._closed:

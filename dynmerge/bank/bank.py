@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynmerge.errors import BankError
 
-FORMAT = 2  # 1 had QR bases, which depend on the order of tasks
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)

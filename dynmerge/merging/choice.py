@@ -10,7 +10,7 @@ import http_sf
 
 from dynmerge.errors import MethodError
 from dynmerge.merging.methods import AFTER, CALIBRATION, METHODS, SCALE, STEPS, Method, Step
-from dynmerge.recipe import MethodChoice
+from dynmerge.recipe import MethodChoice, Value
 
 HEADER = "X-Dynmerge-Method"
 DEFAULT = "linear"
@@ -83,6 +83,13 @@ def parts_of(name: str, source: str = HEADER) -> tuple[str, str, str]:
     if after and not METHODS[merger].takes_svc:
         raise MethodError(f"{source}: {merger} has no directions for {AFTER} to tell apart", source)
     return before, merger, after
+
+
+def settled(method: MethodChoice) -> tuple[Method, dict[str, Value]]:
+    """A choice's row of METHODS, and all its values: those given and those the name settles."""
+    _, merger, _ = parts_of(method.name)
+    row = METHODS[merger]
+    return row, {**dict(method.parameters), **row.fixed}
 
 
 def _unknown(name: str) -> str:

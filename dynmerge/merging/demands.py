@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import MethodError
-from dynmerge.merging.choice import HEADER, parts_of
+from dynmerge.merging.choice import HEADER, parts_of, settled
 from dynmerge.merging.methods import METHODS
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -18,9 +18,8 @@ WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
 
 def in_background(method: MethodChoice) -> bool:
     """Whether a merge by `method` may take long: others should not wait behind it."""
-    _, merger, _ = parts_of(method.name)
-    values = dict(method.parameters)
-    return METHODS[merger].background or values.get("space", "core") != "core"
+    row, values = settled(method)
+    return row.background or values.get("space", "core") != "core"
 
 
 def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
@@ -36,9 +35,8 @@ def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> 
 
 def outside_bytes(bank: FactorBank, recipe: Recipe, itemsize: int) -> int:
     """Most bytes that the recipe's merge takes with factors of its own; 0 if it stays inside."""
-    _, merger, _ = parts_of(recipe.method.name)
-    values = dict(recipe.method.parameters) | dict(METHODS[merger].fixed)
-    width = WIDTHS.get("dense" if merger == "iso-c-dense" else str(values.get("space", "core")))
+    _, values = settled(recipe.method)
+    width = WIDTHS.get(str(values.get("space", "core")))
     if width is None:
         return 0
     vector = recipe.preference.vector(bank.names)

@@ -133,8 +133,9 @@ class _View:
 
     def agreeing_under(self, weights: Tensor) -> Iterator[Block]:
         """The same elected under weights: of no use to others, so nothing of it is kept."""
-        elect = self._elect(lambda: (block.entries for block in self.sparse()), weights)
-        for block in self.sparse():
+        blocks = self.sparse()
+        elect = self._elect(lambda: (block.entries for block in blocks), weights)
+        for block in blocks:
             entries = elect(block.entries)
             yield replace(block, entries=entries)
 

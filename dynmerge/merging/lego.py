@@ -21,7 +21,8 @@ def lego(support: Support, weights: Tensor, values: Values) -> Cores:
     """The weighted centroids of clusters of rank-one pieces, module after module."""
     cores = []
     for group in support.groups:
-        merged = torch.zeros_like(group.left @ group.right)
+        p, q = group.left.shape[1], group.right.shape[2]
+        merged = group.left.new_zeros(len(group.members), p, q)
         if group.present:
             share = group.per_direction(weights)
             for index, member in enumerate(group.members):

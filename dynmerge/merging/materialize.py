@@ -5,16 +5,12 @@ servers load.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank, ModuleFactors
 from dynmerge.merging.merge import Merge
-from dynmerge.merging.spectral import real, singular_directions
-
-Triplet = tuple[Tensor, Tensor, Tensor]  # P (d_out, k), S (k,), Q (d_in, k)
+from dynmerge.merging.outcome import Triplets
+from dynmerge.merging.spectral import real, singular_directions, svd
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,12 +58,12 @@ def materialize(
     return Materialized(adapter, max(adapter.ranks, default=0), energy)
 
 
-def _directions(bank: FactorBank, merge: Merge) -> Iterator[tuple[ModuleFactors, Triplet]]:
-    """Every module with the thin SVD of its update, float64."""
+def _directions(bank: FactorBank, merge: Merge) -> Iterator[tuple[ModuleFactors, Triplets]]:
+    """Every module with its update's P (d_out, k), S (k,) and Q (d_in, k), float64."""
     if merge.core is not None:
         for module, C in zip(bank.modules, bank.layout.split(merge.core.double()), strict=True):
-            P, S, Qh = torch.linalg.svd(C, full_matrices=False)
-            yield module, (module.U.double() @ P, S, module.V.double() @ Qh.mT)
+            P, S, Q = svd(C)
+            yield module, (module.U.double() @ P, S, module.V.double() @ Q)
     else:
         own = merge.own or {}
         for module in bank.modules:

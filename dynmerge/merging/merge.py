@@ -12,13 +12,13 @@ from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
 from dynmerge.merging import pico, svc
-from dynmerge.merging.choice import parts_of
+from dynmerge.merging.choice import parts_of, settled
 from dynmerge.merging.demands import check_bank
-from dynmerge.merging.methods import METHODS, SCALE
+from dynmerge.merging.methods import SCALE
 from dynmerge.merging.outcome import Outcome, Thin
 from dynmerge.merging.parameters import number
 from dynmerge.merging.support import Support, support_of
-from dynmerge.recipe import MethodChoice, Recipe, Value
+from dynmerge.recipe import MethodChoice, Recipe
 
 PREPARED_BYTES = 1 << 29
 MAX_SUPPORTS = 256
@@ -130,10 +130,10 @@ def merge(bank: FactorBank, recipe: Recipe, dtype: torch.dtype = torch.float32) 
 
 def carry_out(support: Support, weights: Tensor, method: MethodChoice) -> Outcome:
     """The merge of a support under its weights (skills,), all of them positive."""
-    before, merger, after = parts_of(method.name)
-    values: dict[str, Value] = {**dict(method.parameters), **METHODS[merger].fixed}
+    before, _, after = parts_of(method.name)
+    row, values = settled(method)
     seen = pico.calibrated(support, weights, values) if before else support
-    outcome = METHODS[merger].merge(seen, weights, values)
+    outcome = row.merge(seen, weights, values)
     if after:
         outcome = svc.balanced(outcome, seen, weights, values)
     if before:

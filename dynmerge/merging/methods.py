@@ -153,7 +153,6 @@ METHODS: Mapping[str, Method] = {
         "TIES on the skills' parts in a common basis of outputs",
         (_density(0.2), *ELECTION),
         fixed=KNOTS,
-        background=True,
     ),
     "knots-dare-ties": Method(
         elected("dare", dropping),
@@ -161,7 +160,6 @@ METHODS: Mapping[str, Method] = {
         "DARE-TIES on the skills' parts in a common basis of outputs",
         (_density(0.9), _seed(), *ELECTION),
         fixed=KNOTS,
-        background=True,
     ),
     "tsv-m": Method(
         tsv_m, 1, "singular directions of all skills, made orthogonal", (_p(float("inf")),)
@@ -174,7 +172,7 @@ METHODS: Mapping[str, Method] = {
         1,
         "the same over all directions of the layer, as published; full rank",
         (_p(float("inf")),),
-        background=True,
+        fixed={"space": "dense"},
         takes_svc=False,
     ),
     "iso-cts": Method(

@@ -5,6 +5,7 @@ dimension and are made module by module, as often as they are looked at.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorGroup, ModuleFactors
 from dynmerge.merging.outcome import Cores, Outcome, Thin
-from dynmerge.merging.sparsify import Block, generator
+from dynmerge.merging.sparsify import Block, Stream, generator
 from dynmerge.merging.spectral import real, svd
 from dynmerge.merging.support import Support
 
@@ -75,8 +76,10 @@ class CoreSpace:
         return Cores(list(merged))
 
 
-class _Modules:
-    """The modules a support changes, one at a time: for spaces too large to hold."""
+class _Dense:
+    """A space too large to hold: one module at a time, made again for each look, none kept."""
+
+    keeps = False
 
     def __init__(
         self, support: Support, entries: Callable[[ModuleFactors, Tensor], Tensor]
@@ -85,8 +88,17 @@ class _Modules:
         self._support = support
         self._entries = entries
 
-    def __iter__(self) -> Iterator[tuple[int, ModuleFactors, FactorGroup, Tensor]]:
-        """Each module's place, factors, group, and cores (skills, p, q)."""
+    def blocks(self) -> Iterator[Block]:
+        """One block (1, skills, a, b) for each module."""
+        for _, module, group, cores in self._modules():
+            yield Block((module.name,), tuple(group.present), self._entries(module, cores)[None])
+
+    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
+        """The blocks after a step, which is made once however often they are looked at."""
+        return _Stepped(self.blocks, maker())
+
+    def _modules(self) -> Iterator[tuple[int, ModuleFactors, FactorGroup, Tensor]]:
+        """Every module the support changes: its place, factors, group, cores (skills, p, q)."""
         for group in self._support.groups:
             if group.present:
                 cores = group.cores()
@@ -94,49 +106,40 @@ class _Modules:
                     self._support.check_wanted()
                     yield member, self._support.bank.modules[member], group, cores[index]
 
-    def blocks(self) -> Iterator[Block]:
-        """One block for each module."""
-        for _, module, group, cores in self:
-            yield Block((module.name,), tuple(group.present), self._entries(module, cores)[None])
 
-    def each(self, maker: Maker) -> Iterable[Block]:
-        """The blocks after a step, one at a time."""
-        step = maker()
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stepped:
+    """Blocks after a step, one at a time, as often as they are iterated."""
+
+    blocks: Stream
+    step: Step
+
+    def __iter__(self) -> Iterator[Block]:
         for block in self.blocks():
-            entries, *notes = step(block)
+            entries, *notes = self.step(block)
             yield Block(block.modules, block.present, entries, tuple(notes))
 
 
-class KnotsSpace:
+class KnotsSpace(_Dense):
     """P_i (R, d_in) with X_i = U Q P_i, where Q are the left singular vectors of [X_1 .. X_T].
 
     Stoica et al. 2025, arXiv:2410.19735. V is orthonormal, so the SVD is that of the cores side by
     side.
     """
 
-    keeps = False
-
     def __init__(self, support: Support) -> None:
-        self._modules = _Modules(support, self._entries)
+        super().__init__(support, self._parts)
         # Found once: a second SVD need not choose the same signs.
         self._bases: dict[str, Tensor] = {}
-
-    def blocks(self) -> Iterator[Block]:
-        """One block (1, skills, R, d_in) for each module."""
-        return self._modules.blocks()
-
-    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
-        """The blocks after a step; they are large, so nothing is kept."""
-        return self._modules.each(maker)
 
     def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
         """U Q times the merged P: exact, whatever `rank`."""
         updates: dict[int, LowRank] = {}
-        for (member, module, _, cores), P in zip(self._modules, merged, strict=True):
+        for (member, module, _, cores), P in zip(self._modules(), merged, strict=True):
             updates[member] = LowRank(A=P[0], B=module.U.to(cores) @ self._basis(module, cores))
         return Thin(updates)
 
-    def _entries(self, module: ModuleFactors, cores: Tensor) -> Tensor:
+    def _parts(self, module: ModuleFactors, cores: Tensor) -> Tensor:
         return self._basis(module, cores).mT @ cores @ module.V.to(cores).mT
 
     def _basis(self, module: ModuleFactors, cores: Tensor) -> Tensor:
@@ -148,27 +151,17 @@ class KnotsSpace:
         return basis
 
 
-class FullSpace:
-    """The dense updates themselves, (1, skills, d_out, d_in) for each module."""
-
-    keeps = False
+class FullSpace(_Dense):
+    """The dense updates themselves, (d_out, d_in)."""
 
     def __init__(self, support: Support) -> None:
-        self._modules = _Modules(support, _dense)
-
-    def blocks(self) -> Iterator[Block]:
-        """One block for each module."""
-        return self._modules.blocks()
-
-    def each(self, key: Hashable, maker: Maker) -> Iterable[Block]:
-        """The blocks after a step; they are large, so nothing is kept."""
-        return self._modules.each(maker)
+        super().__init__(support, _dense)
 
     def home(self, merged: Iterable[Tensor], rank: int) -> Outcome:
         """Cut to the best `rank`; 0 is the sum of the support's ranks in the module."""
         updates: dict[int, LowRank] = {}
         kept = total = 0.0
-        for (member, module, group, _), dense in zip(self._modules, merged, strict=True):
+        for (member, module, group, _), dense in zip(self._modules(), merged, strict=True):
             update = best_rank(dense[0], rank or sum(group.ranks), module.name)
             updates[member] = update
             kept += float(update.B.square().sum())  # A's rows are orthonormal

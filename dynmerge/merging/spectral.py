@@ -77,15 +77,15 @@ def svd(matrices: Tensor) -> Triplets:
     return P, S, Qh.mT
 
 
-def real(S: Tensor, top: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Which singular values (..., k) are more than `dtype`'s rounding of the largest, or of `top`.
+def real(S: Tensor, top: Tensor | None = None) -> Tensor:
+    """Which singular values (..., k) are more than float32's rounding of the largest, or of `top`.
 
     Factors are float32: what float32 cannot tell from zero is no direction of an update.
     """
     if not S.shape[-1]:
         return S > 0
     top = S.amax(-1, keepdim=True) if top is None else top
-    rounding = top * (S.shape[-1] * torch.finfo(dtype).eps)
+    rounding = top * (S.shape[-1] * torch.finfo(torch.float32).eps)
     return rounding < S
 
 
