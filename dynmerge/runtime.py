@@ -4,8 +4,6 @@ preference -> recipe -> lease on its merge (cache, made off the event loop) -> e
 """
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,13 +15,15 @@ from typing import Literal
 import torch
 
 from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.outline import Outline
 from dynmerge.engines.engine import Chunk, Engine, Generation
-from dynmerge.errors import ConfigError, DynmergeError, EngineDead, MethodError, Overloaded
+from dynmerge.errors import ConfigError, DynmergeError, EngineDead, Overloaded
 from dynmerge.merging.cache import Claim, MergeCache
 from dynmerge.merging.choice import HEADER as METHOD_HEADER
-from dynmerge.merging.choice import default_method
-from dynmerge.merging.demands import check_bank, in_background, outside_bytes
+from dynmerge.merging.demands import in_background, outside_bytes
+from dynmerge.merging.lane import lane
 from dynmerge.merging.merge import PREPARED_BYTES, Merge, Merger
+from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -84,24 +84,23 @@ class Runtime:
         # The engine keeps the shared bases in its own dtype; merging needs only the small factors.
         self.bank = bank.to(engine.device, bases=False)
         self.engine = engine
-        self._merger = Merger(self.bank, engine.dtype, prepared_bytes)
+        self.offer = Offer(Outline.of_bank(self.bank), self._no_room)
         self._room = cache_bytes
+        self._merger = Merger(self.bank, engine.dtype, prepared_bytes)
         self.cache = MergeCache(self._make, capacity=cache_bytes)
         self._closed = False
         self._places = threading.Semaphore(MAX_BACKGROUND)
         # One worker each: merges queue instead of fighting over the cores the engine runs on, and
         # a quick one never waits behind one that takes long.
         self._merging = ThreadPoolExecutor(1, thread_name_prefix="dynmerge-merging")
-        self._background = ThreadPoolExecutor(
-            1, thread_name_prefix="dynmerge-background", initializer=_give_way
-        )
+        self._background = lane("dynmerge-background")
         on_gpu = engine.device.type == "cuda"
         self._stream = torch.cuda.Stream(engine.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     @property
     def skills(self) -> tuple[str, ...]:
         """The skills a preference may name."""
-        return self.bank.names
+        return self.offer.skills
 
     def recipe(
         self,
@@ -110,23 +109,18 @@ class Runtime:
         source: str = "preference",
         method_source: str = METHOD_HEADER,
     ) -> Recipe:
-        """The recipe of a request.
+        """The recipe of a request. Raises PreferenceError or MethodError; see `Offer.recipe`."""
+        return self.offer.recipe(preference, method, source, method_source)
 
-        Raises PreferenceError on a skill the bank does not have, MethodError on a method that needs
-        what the bank does not carry, or whose merge would never fit the cache.
-        """
-        preference.require(self.skills, source)
-        chosen = method or default_method()
-        check_bank(chosen, self.bank, method_source)
-        recipe = Recipe(preference, chosen, self.bank.digest)
-        needed, there = outside_bytes(self.bank, recipe, self.engine.dtype.itemsize), self._room
-        if needed > there:
-            raise MethodError(
-                f"{method_source}: a merge by {chosen.name} takes up to {needed} bytes here; the "
-                f"cache of merges holds {there}",
-                method_source,
-            )
-        return recipe
+    def _no_room(self, recipe: Recipe) -> str | None:
+        itemsize = self.engine.dtype.itemsize
+        needed, there = outside_bytes(self.offer.outline, recipe, itemsize), self._room
+        if needed <= there:
+            return None
+        return (
+            f"a merge by {recipe.method.name} takes up to {needed} bytes here; the cache of merges "
+            f"holds {there}"
+        )
 
     async def lease(self, recipe: Recipe) -> Lease:
         """Hold the merge of `recipe`, making it if nobody has; the caller releases it.
@@ -206,12 +200,3 @@ def _heard(merge: "asyncio.Future[Merge]") -> None:
     """Take note of an error that a client who left will not: asyncio would log its trace."""
     if not merge.cancelled():
         merge.exception()
-
-
-def _give_way() -> None:
-    """Let the engine's threads go first: this one's work takes seconds and nobody streams from it.
-
-    On Linux niceness is a thread's own, and the threads that torch starts for it inherit it.
-    """
-    if sys.platform == "linux":
-        os.nice(10)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Each layer may import itself and those to its right; what stands alone here stands below all.
-LAYERS = ["cli", "server", "runtime", "engines", "calibration", "merging", "bank", "adapters"]
+LAYERS = [
+    "cli",
+    "server",
+    "runtime",
+    "offer",
+    "engines",
+    "calibration",
+    "merging",
+    "bank",
+    "adapters",
+]
 FLOOR = ["recipe", "preference", "errors"]
 FORBIDDEN = {("engines", "calibration"), ("runtime", "calibration"), ("server", "calibration")}
 

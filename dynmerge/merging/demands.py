@@ -1,8 +1,9 @@
 """Demands: what a recipe asks of the bank, of time and of room, known before it is carried out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.outline import ModuleOutline, Outline
 from dynmerge.errors import MethodError
 from dynmerge.merging.choice import HEADER, parts_of, settled
 from dynmerge.merging.methods import METHODS
@@ -22,7 +23,7 @@ def in_background(method: MethodChoice) -> bool:
     return row.background or values.get("space", "core") != "core"
 
 
-def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> None:
+def check_bank(method: MethodChoice, bank: Outline | FactorBank, source: str = HEADER) -> None:
     """Raise MethodError where `bank` lacks what `method` needs."""
     _, merger, _ = parts_of(method.name, source)
     if METHODS[merger].needs_soups and not bank.has_soups:
@@ -33,17 +34,27 @@ def check_bank(method: MethodChoice, bank: FactorBank, source: str = HEADER) -> 
         )
 
 
-def outside_bytes(bank: FactorBank, recipe: Recipe, itemsize: int) -> int:
+def outside_bytes(bank: Outline, recipe: Recipe, itemsize: int) -> int:
     """Most bytes that the recipe's merge takes with factors of its own; 0 if it stays inside."""
+    return itemsize * sum(
+        columns * (module.d_out + module.d_in) for module, columns in _outside(bank, recipe)
+    )
+
+
+def outside_rank(bank: Outline, recipe: Recipe) -> int:
+    """The largest rank that the merge's own factors may have; 0 if it stays inside."""
+    return max((columns for _, columns in _outside(bank, recipe)), default=0)
+
+
+def _outside(bank: Outline, recipe: Recipe) -> Iterator[tuple[ModuleOutline, int]]:
+    """The modules that get factors of their own, and the most columns these have."""
     _, values = settled(recipe.method)
     width = WIDTHS.get(str(values.get("space", "core")))
     if width is None:
-        return 0
+        return
     vector = recipe.preference.vector(bank.names)
-    total = 0
     for module in bank.modules:
         rank = sum(r for r, weight in zip(module.ranks, vector, strict=True) if weight)
-        d_out, d_in = len(module.U), len(module.V)
         if rank:
-            total += (d_out + d_in) * width(min(d_out, d_in), rank, int(values.get("rank", 0)))
-    return total * itemsize
+            least, asked = min(module.d_out, module.d_in), int(values.get("rank", 0))
+            yield module, width(least, rank, asked)

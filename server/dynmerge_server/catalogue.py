@@ -1,10 +1,14 @@
 """What there is: models, presets, and merges in the cache."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from dynmerge.recipe import Recipe
+from dynmerge_server.models import Models
 from dynmerge_server.state import serving
 
 MAX_MERGES = 100
@@ -22,16 +26,26 @@ async def get_model(request: Request) -> Response:
 
 async def list_presets(request: Request) -> Response:
     """GET /v1/preferences/presets."""
-    data = [
-        {"id": name, "object": "preset", "preference": preference.weights, "text": str(preference)}
-        for name, preference in serving(request).models.presets.items()
-    ]
-    return JSONResponse({"object": "list", "data": data})
+    return presets_reply(serving(request).models)
 
 
 async def list_merges(request: Request) -> Response:
     """GET /v1/merges: the cache's counters, and the merges used last."""
     cache = serving(request).runtime.cache
+    return merges_reply(cache.recipes(), asdict(cache.stats()))
+
+
+def presets_reply(models: Models) -> Response:
+    """The presets and what they stand for."""
+    data = [
+        {"id": name, "object": "preset", "preference": preference.weights, "text": str(preference)}
+        for name, preference in models.presets.items()
+    ]
+    return JSONResponse({"object": "list", "data": data})
+
+
+def merges_reply(recipes: Sequence[Recipe], counters: Mapping[str, float]) -> Response:
+    """The last of `recipes`, which are in order of use, and the counters of what keeps them."""
     data = [
         {
             "id": recipe.digest,
@@ -40,8 +54,6 @@ async def list_merges(request: Request) -> Response:
             "method": str(recipe.method),
             "bank": recipe.bank,
         }
-        for recipe in islice(reversed(cache.recipes()), MAX_MERGES)
+        for recipe in islice(reversed(recipes), MAX_MERGES)
     ]
-    stats = cache.stats()
-    counters = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
     return JSONResponse({"object": "list", "cache": counters, "data": data})

@@ -99,6 +99,7 @@ class ServerConfig:
     cache_bytes: Size = 1 << 30  # of merges
     prepared_bytes: Size = 1 << 29  # of what methods prepare from a set of skills
     drain_seconds: Size = 30  # between SIGTERM and giving up on requests in flight
+    adapter_root: Path | None = None  # skills may be loaded from below it while vLLM serves
     presets: Mapping[str, str | Mapping[str, float]] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     auth: Auth = field(default_factory=Auth)
@@ -119,7 +120,7 @@ class ServerConfig:
         An override of None is none; a mapping replaces only the keys it names. The API key in the
         environment is added to the file's. Raises ConfigError naming the key and the choices.
         """
-        data = _read(path) if path is not None else {}
+        data = read_toml(path) if path is not None else {}
         given = {key: value for key, value in overrides.items() if value is not None}
         for key, value in given.items():
             below = data.get(key)
@@ -151,7 +152,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's tables, unchecked. Raises ConfigError where it is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

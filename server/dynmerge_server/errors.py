@@ -121,12 +121,17 @@ def note(error: Exception) -> None:
         logger.error("a request failed", exc_info=error)
 
 
-async def on_error(_request: Request, error: Exception) -> Response:
-    """Answer an exception of the table."""
+def answer(error: Exception) -> Response:
+    """The reply to an exception of the table."""
     note(error)
     kind = kind_of(error)
     headers = {"Retry-After": str(RETRY_AFTER)} if kind.retry else None
     return JSONResponse(describe(error), kind.status, headers)
+
+
+async def on_error(_request: Request, error: Exception) -> Response:
+    """Answer an exception of the table."""
+    return answer(error)
 
 
 async def on_crash(_request: Request, error: Exception) -> Response:

@@ -4,14 +4,14 @@ The base model, its skills, the presets, and BASE@ followed by a skill, a preset
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from dynmerge.errors import ConfigError, PreferenceError, UnknownModel
+from dynmerge.offer import Offer
 from dynmerge.preference import BASE, Preference, check_skill_name
-from dynmerge.runtime import Runtime
 from dynmerge_server.config import ServerConfig
 
 PARAM = "model"
@@ -19,7 +19,10 @@ PARAM = "model"
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Served names. `presets` are checked against the bank when this is made."""
+    """Served names. `presets` are checked against the bank when this is made.
+
+    `aliases` name the base model too, where vLLM was given several names for it.
+    """
 
     base: str
     skills: tuple[str, ...]
@@ -27,46 +30,64 @@ class Models:
     allow_negative: bool
     context_length: int
     created: int
+    aliases: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, runtime: Runtime, config: ServerConfig) -> "Models":
-        """The names `runtime` serves under `config`. Raises ConfigError on a bad preset."""
-        base = config.model_name or PurePath(runtime.bank.base.name).name
+    def of(
+        cls, offer: Offer, config: ServerConfig, context_length: int, names: Sequence[str] = ()
+    ) -> "Models":
+        """The names under which `offer` is served. Raises ConfigError on a bad preset.
+
+        `names` are the base model's; none leaves that to `config` and the bank.
+        """
+        own = config.model_name or PurePath(offer.outline.base.name).name
+        base, *aliases = names or (own,)
         presets = {
-            name: _preset(name, wanted, base, runtime, config.allow_negative)
+            name: _preset(name, wanted, (base, *aliases), offer, config.allow_negative)
             for name, wanted in sorted(config.presets.items())
         }
-        if base in runtime.skills:
-            raise ConfigError(f"model_name: {base!r} is the name of a skill")
-        context = runtime.engine.context_length
-        created = int(time.time())
-        return cls(base, runtime.skills, presets, config.allow_negative, context, created)
+        for name in (base, *aliases):
+            if name in offer.skills:
+                raise ConfigError(f"model_name: {name!r} is the name of a skill")
+        return cls(
+            base,
+            offer.skills,
+            presets,
+            config.allow_negative,
+            context_length,
+            int(time.time()),
+            tuple(aliases),
+        )
 
     def preference(self, model: str | None) -> Preference | None:
         """What a model name asks for; None where it names the base model and so asks for nothing.
 
         Raises UnknownModel, or PreferenceError for what follows BASE@.
         """
-        if not model or model == self.base:
+        if not model or model in (self.base, *self.aliases):
             return None
         if model in self.presets:
             return self.presets[model]
         if model in self.skills:
             return Preference.of({model: 1.0})
-        if not model.startswith(f"{self.base}@"):
-            shown = model if len(model) <= 200 else model[:200] + "..."
-            known = ", ".join([self.base, *self.skills, *self.presets])
-            raise UnknownModel(
-                f"The model `{shown}` does not exist. "
-                f"Valid names: {known}, and {self.base}@PREFERENCE",
-                PARAM,
-            )
-        wanted = model[len(self.base) + 1 :]
+        wanted = self._after_base(model)
         if wanted in self.presets:
             return self.presets[wanted]
         preference = Preference.parse(wanted, allow_negative=self.allow_negative, source=PARAM)
         preference.require(self.skills, PARAM)
         return preference
+
+    def _after_base(self, model: str) -> str:
+        """What follows BASE@. Raises UnknownModel where nothing does."""
+        for name in (self.base, *self.aliases):
+            if model.startswith(f"{name}@"):
+                return model[len(name) + 1 :]
+        shown = model if len(model) <= 200 else model[:200] + "..."
+        known = ", ".join([self.base, *self.aliases, *self.skills, *self.presets])
+        raise UnknownModel(
+            f"The model `{shown}` does not exist. Valid names: {known}, and {self.base}@PREFERENCE",
+            PARAM,
+        )
 
     def preset(self, name: str, source: str) -> Preference:
         """The preset `name`. Raises PreferenceError naming the choices."""
@@ -80,7 +101,7 @@ class Models:
     def cards(self) -> list[dict[str, Any]]:
         """vLLM's model cards: the base model, then skills, then presets."""
         base = {"root": self.base, "parent": None, "max_model_len": self.context_length}
-        cards = [self._card(self.base, base)]
+        cards = [self._card(name, base) for name in (self.base, *self.aliases)]
         for name in (*self.skills, *self.presets):
             kind = "skill" if name in self.skills else "preset"
             cards.append(self._card(name, {"root": name, "parent": self.base, "dynmerge": kind}))
@@ -122,8 +143,8 @@ PERMISSION = {
 def _preset(
     name: str,
     wanted: str | Mapping[str, float],
-    base: str,
-    runtime: Runtime,
+    bases: Sequence[str],
+    offer: Offer,
     allow_negative: bool,
 ) -> Preference:
     source = f"preset {name}"
@@ -133,9 +154,9 @@ def _preset(
             preference = Preference.parse(wanted, allow_negative=allow_negative, source=source)
         else:
             preference = Preference.of(wanted, allow_negative=allow_negative, source=source)
-        preference.require(runtime.skills, source)
+        preference.require(offer.skills, source)
     except PreferenceError as error:
         raise ConfigError(str(error)) from None
-    if name in (BASE, base, *runtime.skills):
+    if name in (BASE, *bases, *offer.skills):
         raise ConfigError(f"{source}: the name is taken by a skill or by the base model")
     return preference

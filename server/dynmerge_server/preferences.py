@@ -22,9 +22,9 @@ from dynmerge.errors import ConfigError, PreferenceError, RequestError
 from dynmerge.merging import choice
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.demands import check_bank
+from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
-from dynmerge.runtime import Runtime
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.models import Models
 
@@ -51,10 +51,10 @@ class Wish:
 
 
 class Preferences:
-    """Resolves requests against one runtime, one set of names and the server's defaults."""
+    """Resolves requests against one offer, one set of names and the server's defaults."""
 
-    def __init__(self, runtime: Runtime, models: Models, config: ServerConfig) -> None:
-        self._runtime = runtime
+    def __init__(self, offer: Offer, models: Models, config: ServerConfig) -> None:
+        self._offer = offer
         self._models = models
         self._allow_negative = config.allow_negative
         try:
@@ -81,7 +81,7 @@ class Preferences:
         fallback = (self._default_method, "default_method")
         method, said_in = next((each for each in choices if each[0] is not None), fallback)
         assert chosen is not None  # the default is one
-        return self._runtime.recipe(chosen, method, source, method_source=said_in), source
+        return self._offer.recipe(chosen, method, source, method_source=said_in), source
 
     def _from_headers(self, headers: Headers) -> Preference | None:
         for name in headers:
@@ -130,21 +130,21 @@ class Preferences:
         preference = Preference.of(
             weights, normalize=normalize, allow_negative=self._allow_negative, source=source
         )
-        preference.require(self._runtime.skills, source)
+        preference.require(self._offer.skills, source)
         return preference
 
     def _parse(self, text: str | None, source: str) -> Preference | None:
         if text is None:
             return None
         preference = Preference.parse(text, allow_negative=self._allow_negative, source=source)
-        preference.require(self._runtime.skills, source)
+        preference.require(self._offer.skills, source)
         return preference
 
     def _method(self, text: str | None, source: str) -> MethodChoice | None:
         if text is None:
             return None
         method = parse_method(text, source)
-        check_bank(method, self._runtime.bank, source)
+        check_bank(method, self._offer.outline, source)
         return method
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from dynmerge.errors import ConfigError
 from dynmerge.runtime import Runtime
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.metrics import Metrics
@@ -28,12 +29,14 @@ class Serving:
     @classmethod
     def of(cls, runtime: Runtime, config: ServerConfig) -> "Serving":
         """The parts of a server of `runtime`. Raises ConfigError on what the bank cannot serve."""
-        models = Models.of(runtime, config)
+        if config.adapter_root is not None:
+            raise ConfigError("adapter_root: only vLLM's server loads skills while it serves")
+        models = Models.of(runtime.offer, config, runtime.engine.context_length)
         return cls(
             runtime,
             config,
             models,
-            Preferences(runtime, models, config),
+            Preferences(runtime.offer, models, config),
             Prompts(runtime.engine, config.limits.prompts),
             Pieces(runtime.engine.tokenizer),
             Metrics(runtime, models),

@@ -1,4 +1,4 @@
-from typing import Any
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from dynmerge.errors import ConfigError, RequestError
-from dynmerge.recipe import Recipe
+from dynmerge.errors import ConfigError, MethodError, RequestError
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
 from dynmerge_server.config import ServerConfig
@@ -19,7 +18,7 @@ HEADER = "X-Dynmerge-Preference"
 
 
 def resolver(runtime: Runtime, config: ServerConfig) -> Preferences:
-    return Preferences(runtime, Models.of(runtime, config), config)
+    return Preferences(runtime.offer, Models.of(runtime.offer, config, 512), config)
 
 
 # Each way of saying: seven tenths ada, three tenths bob.
@@ -140,29 +139,21 @@ def test_a_default_method_that_the_bank_cannot_serve_is_a_configuration_error(
 @pytest.mark.parametrize(
     ("headers", "wish", "source"),
     [
-        ({"X-Dynmerge-Method": "linear"}, Wish(method="ties"), "X-Dynmerge-Method"),
-        ({}, Wish(method="ties"), "method"),
-        ({}, Wish(xargs={"method": "ties"}), "vllm_xargs.method"),
+        ({"X-Dynmerge-Method": "knots-ties"}, Wish(method="linear"), "X-Dynmerge-Method"),
+        ({}, Wish(method="knots-ties"), "method"),
+        ({}, Wish(xargs={"method": "knots-ties"}), "vllm_xargs.method"),
         ({}, Wish(), "default_method"),
     ],
 )
-def test_the_runtime_is_told_where_the_method_comes_from(
-    runtime: Runtime,
-    headers: dict[str, str],
-    wish: Wish,
-    source: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_merge_that_never_fits_is_refused_where_its_method_comes_from(
+    runtime: Runtime, headers: dict[str, str], wish: Wish, source: str
 ) -> None:
-    resolve = resolver(runtime, ServerConfig(default_method="linear;scale=2")).resolve
-    recipe, told = runtime.recipe, []
-
-    def noted(*chosen: Any, method_source: str) -> Recipe:
-        told.append(method_source)
-        return recipe(*chosen, method_source=method_source)
-
-    monkeypatch.setattr(runtime, "recipe", noted)
-    resolve(Headers(headers), wish, None)
-    assert told == [source]
+    config = ServerConfig(default_preference="ada", default_method="ties;space=full")
+    offer = replace(runtime.offer, refusal=lambda recipe: f"a merge by {recipe.method.name}")
+    resolve = Preferences(offer, Models.of(offer, config, 512), config).resolve
+    with pytest.raises(MethodError, match=rf"^{source}: a merge by (knots-)?ties") as caught:
+        resolve(Headers(headers), wish, None)
+    assert caught.value.param == source
 
 
 async def test_repeated_header_lines_are_one_list(client: httpx.AsyncClient) -> None:
@@ -308,7 +299,7 @@ def test_an_impossible_preset_is_a_configuration_error(
     runtime: Runtime, preset: dict[str, str]
 ) -> None:
     with pytest.raises(ConfigError, match="preset"):
-        Models.of(runtime, ServerConfig(presets=preset))
+        Models.of(runtime.offer, ServerConfig(presets=preset), 512)
 
 
 @settings(

@@ -3,6 +3,7 @@
 Ranges are checked in `sampling.py`, whose messages are vLLM's; what is not here is in `fields.py`.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
@@ -16,6 +17,7 @@ Item = TypeVar("Item")
 # A list of a million wrong items is one mistake, not a million to collect.
 Listed = Annotated[list[Item], Field(fail_fast=True)]
 MAX_MESSAGES = 10_000
+XARGS = ("preference", "preset", "method")  # of `vllm_xargs`, those that are ours
 
 
 def _not_a_string(value: object) -> object:
@@ -83,7 +85,21 @@ class StructuredOutputs(BaseModel):
     whitespace_pattern: str | None = None
 
 
-class GenerationRequest(BaseModel):
+class MergeFields(BaseModel):
+    """What says which merge to use, on any endpoint, beside `vllm_xargs`."""
+
+    preference: dict[str, Any] | str | None = None
+    normalize: bool | None = None
+    preset: str | None = None
+    method: str | None = None
+    lora: Listed[dict[str, Any]] | None = None
+
+    def asked(self, xargs: Mapping[str, Any] | None) -> Wish:
+        """Which merge these fields and those extra arguments ask for."""
+        return Wish(self.preference, self.normalize, self.preset, self.method, self.lora, xargs)
+
+
+class GenerationRequest(MergeFields):
     """What both endpoints take."""
 
     model: str | None = None
@@ -116,22 +132,15 @@ class GenerationRequest(BaseModel):
     request_id: str | None = None
     cache_salt: str | None = None
     vllm_xargs: dict[str, Any] | None = None
-    # ours
-    preference: dict[str, Any] | str | None = None
-    normalize: bool | None = None
-    preset: str | None = None
-    method: str | None = None
-    lora: Listed[dict[str, Any]] | None = None
 
     def wish(self) -> Wish:
         """Which merge the body asks for. Raises RequestError for an unknown extra argument."""
         extra = self.vllm_xargs
         for name in extra or {}:
-            if name not in ("preference", "preset", "method"):
+            if name not in XARGS:
                 param = f"vllm_xargs.{name[:80]}"
-                known = "preference, preset, method"
-                raise RequestError(f"{param} is not known (known: {known})", param)
-        return Wish(self.preference, self.normalize, self.preset, self.method, self.lora, extra)
+                raise RequestError(f"{param} is not known (known: {', '.join(XARGS)})", param)
+        return self.asked(extra)
 
 
 class ChatRequest(GenerationRequest):

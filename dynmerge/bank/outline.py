@@ -1,0 +1,58 @@
+"""Outline: what a bank is, without its tensors: enough to say what may be asked of it.
+
+Made from the bank itself or from the manifest of one on disk; both give the same.
+"""
+
+from dataclasses import dataclass
+
+from dynmerge.bank.bank import BaseIdentity, FactorBank
+from dynmerge.bank.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOutline:
+    """One linear layer: its size, the widths p and q of its bases, each task's rank."""
+
+    name: str
+    d_out: int
+    d_in: int
+    p: int
+    q: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A bank's base model, its tasks sorted by name, its digest and the shapes of its modules."""
+
+    base: BaseIdentity
+    names: tuple[str, ...]
+    digest: str
+    has_soups: bool
+    modules: tuple[ModuleOutline, ...]
+
+    @classmethod
+    def of_bank(cls, bank: FactorBank) -> "Outline":
+        """The outline of a bank in memory."""
+        modules = tuple(
+            ModuleOutline(
+                module.name, len(module.U), len(module.V), *module.core_shape, module.ranks
+            )
+            for module in bank.modules
+        )
+        return cls(bank.base, bank.names, bank.digest, bank.has_soups, modules)
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> "Outline":
+        """The outline of the bank that `manifest` describes."""
+        modules = tuple(
+            ModuleOutline(entry.name, entry.d_out, entry.d_in, entry.p, entry.q, entry.ranks)
+            for entry in manifest.modules
+        )
+        return cls(
+            base=manifest.base.identity(),
+            names=tuple(task.name for task in manifest.tasks),
+            digest=manifest.digest,
+            has_soups=manifest.modules[0].soup is not None,
+            modules=modules,
+        )
