@@ -38,6 +38,15 @@ def test_clients_may_queue_before_it_answers() -> None:
     close_all(sockets)
 
 
+def test_no_packet_waits_for_the_one_before() -> None:
+    listening = listen("127.0.0.1", 0)
+    with closing(socket.create_connection(listening[0].getsockname())):
+        accepted, _ = listening[0].accept()
+        with closing(accepted):
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    close_all(listening)
+
+
 def test_an_address_is_shown_as_in_a_url() -> None:
     assert (shown("::1", 80), shown("localhost", 80)) == ("[::1]:80", "localhost:80")
 
