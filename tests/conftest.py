@@ -68,13 +68,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of two layers, hidden 32, four heads over two key-value heads."""
+def tiny_model(seed: int = 0, head_dim: int = 8) -> LlamaForCausalLM:
+    """A Llama of two layers, four heads over two key-value heads.
+
+    vLLM's attention on a CPU takes a `head_dim` of 32 and more.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=4 * head_dim,
+        intermediate_size=6 * head_dim,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -84,12 +87,14 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
         tie_word_embeddings=False,
         # Wide initial weights: near-zero logits would make every comparison of texts pass.
-        initializer_range=0.3,
+        initializer_range=0.3 * (8 / head_dim) ** 0.5,
     )
     return LlamaForCausalLM(config).eval()
 
 
-def save_adapter(base: Path, folder: Path, config: LoraConfig, seed: int) -> Path:
+def save_adapter(
+    base: Path, folder: Path, config: LoraConfig, seed: int, size: float = 0.2
+) -> Path:
     """Save a PEFT adapter for the model in `base`, A and B random (PEFT starts with B zero)."""
     config = LoraConfig(**{**config.to_dict(), "task_type": "CAUSAL_LM"})
     torch.manual_seed(seed)
@@ -97,7 +102,7 @@ def save_adapter(base: Path, folder: Path, config: LoraConfig, seed: int) -> Pat
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=size)
     model.save_pretrained(folder)
     return folder
 

@@ -1,8 +1,13 @@
-"""Methods whose weights multiply whole updates: no coordinates matter, nothing is masked."""
+"""Methods whose weights multiply whole updates: no coordinates matter, nothing is masked.
+
+Each is one weight per skill and module, which `skill_weights` rows of METHODS give without making
+the merge: an engine that holds the skills' own factors needs no more.
+"""
 
 import torch
 from torch import Tensor
 
+from dynmerge.bank.bank import FactorBank
 from dynmerge.merging.outcome import Cores
 from dynmerge.merging.parameters import Values, number
 from dynmerge.merging.support import Support, normed
@@ -18,6 +23,11 @@ def linear(support: Support, weights: Tensor, values: Values) -> Cores:
     return Cores([group.weighted(lambdas) for group in support.groups])
 
 
+def linear_weights(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
+    """λ (1, tasks) of `linear` from the magnitudes (tasks,) of all the bank's tasks."""
+    return normed(weights, number(values, "p"))[None]
+
+
 def lora_soups(support: Support, weights: Tensor, values: Values) -> Cores:
     """sum_i λ_i X_i with the weights that the bank carries, one per skill and module (CAT).
 
@@ -28,10 +38,21 @@ def lora_soups(support: Support, weights: Tensor, values: Values) -> Cores:
     cores = []
     for group, whole in zip(support.groups, support.bank.groups, strict=True):
         assert group.soups is not None and whole.soups is not None  # noqa: PT018 - check_bank
-        shared = (group.soups * weights).sum(1, keepdim=True)
-        total = whole.soups.sum(1, keepdim=True) * weights.sum()
-        lambdas = group.soups * weights * total / shared.clamp(min=torch.finfo(shared.dtype).tiny)
+        lambdas = _souped(group.soups, whole.soups, weights)
         ranks = torch.tensor(group.ranks, device=weights.device)
         spread = lambdas.repeat_interleave(ranks, 1, output_size=sum(group.ranks))
         cores.append((group.left * spread[:, None]) @ group.right)
     return Cores(cores)
+
+
+def soup_weights(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
+    """λ (modules, tasks) of `lora_soups` from the magnitudes (tasks,) of all the bank's tasks."""
+    soups = torch.tensor([module.soup for module in bank.modules], device=weights.device)
+    return _souped(soups, soups, weights)
+
+
+def _souped(own: Tensor, whole: Tensor, weights: Tensor) -> Tensor:
+    """λ (modules, skills): `own` are the soup weights of the skills, `whole` those of all tasks."""
+    shared = (own * weights).sum(1, keepdim=True)
+    total = whole.sum(1, keepdim=True) * weights.sum()
+    return own * weights * total / shared.clamp(min=torch.finfo(shared.dtype).tiny)

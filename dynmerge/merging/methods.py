@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dynmerge.bank.bank import FactorBank
 from dynmerge.merging import pico
-from dynmerge.merging.arithmetic import linear, lora_soups
+from dynmerge.merging.arithmetic import linear, linear_weights, lora_soups, soup_weights
 from dynmerge.merging.consensus import AGGREGATES, SUMS
 from dynmerge.merging.elementwise import dropping, elected, pruning, summed, trimming
 from dynmerge.merging.lego import lego
@@ -25,6 +26,8 @@ CALIBRATION, AFTER = "pico", "svc"
 
 # (support, its weights (skills,) none negative, parameters) -> one update per module
 Merger = Callable[[Support, Tensor, Values], Outcome]
+# (bank, magnitudes (tasks,) of all its tasks, parameters) -> λ (modules or 1, tasks)
+SkillWeights = Callable[[FactorBank, Tensor, Values], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Method:
 
     `version` rises when its code, or that of the steps it takes, changes what it returns. `fixed`
     are values of parameters that the name settles. `background` says that it takes long in any
-    space. `check` says what is wrong with parameters together, if anything.
+    space. `check` says what is wrong with parameters together, if anything. `skill_weights`, where
+    the merge is no more than a weighted sum in each module, are its weights.
     """
 
     merge: Merger
@@ -45,6 +49,7 @@ class Method:
     takes_svc: bool = True
     needs_soups: bool = False
     check: Callable[[Values], str | None] = lambda _: None
+    skill_weights: SkillWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +109,18 @@ KNOTS: Values = {"space": "knots", "rank": 0.0}
 
 METHODS: Mapping[str, Method] = {
     "linear": Method(
-        linear, 1, "the exact weighted sum of the skills' updates (Task Arithmetic)", (_p(1.0),)
+        linear,
+        1,
+        "the exact weighted sum of the skills' updates (Task Arithmetic)",
+        (_p(1.0),),
+        skill_weights=linear_weights,
     ),
     "lora-soups": Method(
         lora_soups,
         1,
         "the weighted sum under weights per layer that the bank carries (CAT)",
         needs_soups=True,
+        skill_weights=soup_weights,
     ),
     "ties": Method(
         elected("ties", trimming),
