@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit code 2: refused, for t
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Engine(str, Enum):
+    """What runs the model."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+
 
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
 
@@ -137,6 +146,52 @@ def export(
 
 
 @app.command()
+def push(
+    bank: BankFolder,
+    *,
+    preference: Annotated[
+        str, typer.Option("--preference", "-p", help='Such as "math=0.7, code=0.3".')
+    ],
+    to: Annotated[str, typer.Option(metavar="URL", help="The vLLM server's, http://HOST:PORT.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="See `dynmerge methods`.")
+    ] = "linear",
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most this rank, for vLLM's --max-lora-rank; by default all."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Its model name there; by default the merge's own.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where its files are kept. vLLM must see them under the same path. By default"
+            " BANK-merges, beside the bank.",
+        ),
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="The environment variable with the server's key."),
+    ] = None,
+) -> None:
+    """Have a running vLLM load one merge as an ordinary adapter. It need not know dynmerge."""
+    from dynmerge.cli.push import run
+
+    run(
+        bank,
+        preference,
+        to,
+        method=method,
+        rank=rank,
+        name=name,
+        folder=folder,
+        api_key_env=api_key_env,
+    )
+
+
+@app.command()
 def methods() -> None:
     """List the merge methods and their parameters."""
     from dynmerge.cli.methods import run
@@ -144,10 +199,14 @@ def methods() -> None:
     run()
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
+    context: typer.Context,
     bank: BankFolder,
     *,
+    engine: Annotated[
+        Engine, typer.Option(help="What runs the model. vllm takes any flag of `vllm serve` too.")
+    ] = Engine.embedded,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file; options here win over it.")
     ] = None,
@@ -156,17 +215,31 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="By default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="By default 8000.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; not for vllm.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve other machines without an API key.")
     ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="With vllm: print its command instead of running it.")
+    ] = False,
 ) -> None:
     """Serve a bank over HTTP as OpenAI's API does. DYNMERGE_API_KEY holds the key, if any."""
+    if engine is Engine.vllm:
+        from dynmerge.cli import serve_vllm
+
+        if device is not None:
+            raise typer.BadParameter("vLLM chooses it by its platform", param_hint="--device")
+        wanted = serve_vllm.Wanted(bank, config, base, host, port, dtype, insecure)
+        serve_vllm.run(wanted, context.args, show=show)
+        return
     from dynmerge.cli.serve import run
 
-    engine = {"device": device, "dtype": dtype}
-    run(bank, config, base=base, host=host, port=port, engine=engine, insecure=insecure)
+    if context.args or show:
+        unknown = context.args[0] if context.args else "--show"
+        raise typer.BadParameter(f"{unknown} is for --engine vllm", param_hint="serve")
+    chosen = {"device": device, "dtype": dtype}
+    run(bank, config, base=base, host=host, port=port, engine=chosen, insecure=insecure)
 
 
 def named_sources(pairs: Sequence[str]) -> dict[str, str]:
