@@ -90,6 +90,7 @@ def test_vllm_is_told_what_dynmerge_needs(bank: Path) -> None:
     del found["--additional-config"]
     assert found == {
         "--host": "127.0.0.1",
+        "--shutdown-timeout": "30",
         "--served-model-name": "tiny",
         "--max-loras": str(MAX_LORAS),
         "--max-cpu-loras": str(MAX_LORAS),

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from dynmerge.bank.storage import read_manifest
@@ -21,6 +22,13 @@ from dynmerge_server.vllm.settings import read_settings
 CONTROL = "dynmerge.engines.vllm.control.Control"
 ADDITIONAL = "--additional-config"
 PLUGINS, VLLM_KEY = "VLLM_PLUGINS", "VLLM_API_KEY"
+GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+DRAIN_SECONDS = 30  # as the embedded server; vLLM's own default ends all requests at once
 MAX_LORAS = 1024  # merges resident at once
 # vLLM asks for one; nothing is allocated by it.
 RANK = 8
@@ -79,6 +87,7 @@ def command(wanted: Wanted, flags: Sequence[str], variables: Mapping[str, str]) 
         "--max-loras": most,
         "--max-cpu-loras": most,
         "--max-lora-rank": str(RANK),
+        "--shutdown-timeout": str(DRAIN_SECONDS),
         "--worker-extension-cls": CONTROL,
         ADDITIONAL: _additional(wanted, flags),
     }
@@ -91,11 +100,17 @@ def command(wanted: Wanted, flags: Sequence[str], variables: Mapping[str, str]) 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables that vLLM is to have beside those there are."""
-    plugins = [each for each in variables.get(PLUGINS, "").split(",") if each]
+    named = variables.get(PLUGINS)
+    # Unset it means all there are, but for endpoints; set it means these.
+    plugins = _installed() if named is None else [each for each in named.split(",") if each]
     extra = {PLUGINS: ",".join(dict.fromkeys([*plugins, KEY]))}
     if key := variables.get(API_KEY_VARIABLE):
         extra[VLLM_KEY] = key
     return extra
+
+
+def _installed() -> list[str]:
+    return [point.name for group in GROUPS for point in entry_points(group=group)]
 
 
 def shown(arguments: Sequence[str], extra: Mapping[str, str]) -> str:
@@ -110,9 +125,12 @@ def _additional(wanted: Wanted, flags: Sequence[str]) -> str:
     text = _value(flags, ADDITIONAL) or "{}"
     try:
         given = json.loads(text)
-        ours = {"bank": str(wanted.bank.resolve()), **given.get(KEY, {})}
+        ours = {**given.get(KEY, {})}
     except (ValueError, AttributeError, TypeError):
         raise ConfigError(f"{ADDITIONAL} is a JSON object, not {text[:80]!r}") from None
+    if "bank" in ours:
+        raise ConfigError(f"{ADDITIONAL} names a bank, and so does the command line")
+    ours = {"bank": str(wanted.bank.resolve()), **ours}
     if wanted.config is not None:
         ours["settings"] = str(wanted.config.resolve())
     return json.dumps({**given, KEY: ours})

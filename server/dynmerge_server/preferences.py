@@ -85,7 +85,8 @@ class Preferences:
 
     def _from_headers(self, headers: Headers) -> Preference | None:
         for name in headers:
-            if name.startswith(PREFIX) and name not in _KNOWN:
+            # Some proxies and clients write underscores; who reads them so would mean it.
+            if name.replace("_", "-").startswith(PREFIX) and name not in _KNOWN:
                 known = ", ".join(REQUEST_HEADERS)
                 raise RequestError(f"there is no request header {name} (known: {known})", name)
         given = {name: _joined(headers, name) for name in (PREFERENCE_HEADER, PRESET_HEADER)}

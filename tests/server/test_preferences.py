@@ -278,6 +278,8 @@ async def test_a_mistake_in_an_overridden_level_is_a_mistake(client: httpx.Async
 async def test_a_misspelt_header_of_ours_is_refused(client: httpx.AsyncClient) -> None:
     error = await refused(client, headers={"X-Dynmerge-Prefernce": "ada"})
     assert "x-dynmerge-prefernce" in error["message"]
+    error = await refused(client, headers={"X_Dynmerge_Preference": "ada"})
+    assert "x_dynmerge_preference" in error["message"]
     await chat(client, {"X-Dynmerge-Unit": "u_1"})
 
 

@@ -115,11 +115,21 @@ class Assembly:
             if order is not None:
                 merge = order.future.result()
                 assert isinstance(merge, Merge)
+                self._hand_over(merge)
                 return merge
         except Abandoned:
             pass
         logger.warning("merge %s was not prepared: the step waits for it", recipe.digest)
         return self._make(recipe, merger, lambda: True)
+
+    def _hand_over(self, merge: Merge) -> None:
+        """To the stream that reads it now: its memory is not another merge's until that is done."""
+        if self._stream is None:
+            return
+        reader = torch.cuda.current_stream(self._stream.device)
+        own = [t for each in (merge.own or {}).values() for t in (each.A, each.B)]
+        for tensor in (*own, *([] if merge.core is None else [merge.core])):
+            tensor.record_stream(reader)
 
     def close(self) -> None:
         """Start nothing more."""
@@ -139,7 +149,7 @@ class Assembly:
         return merge
 
     def _forget(self) -> None:
-        """Give up what was asked about longest ago, if it is done: its place may be needed."""
+        """Give up what was asked about longest ago: its place may be needed."""
         while len(self._orders) > self._most:
             oldest = min(self._orders, key=lambda digest: self._orders[digest].asked[0])
             self._orders.pop(oldest).future.cancel()

@@ -15,7 +15,9 @@ from dynmerge.errors import ConfigError
 
 KEY = "dynmerge"
 BUDGET = 1 << 30  # bytes that the slots of a form may take where nobody says how many there are
-MOST_OWN = 8
+MOST_OWN = 2
+# vLLM itself lets no step have more merges than --max-loras; it knows nothing of the other forms.
+RESERVE: Mapping[Form, int] = {"diagonal": 0, "core": 2, "own": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Slots:
     def of(self, form: Form) -> int:
         """The slots of a form."""
         return {"diagonal": self.diagonal, "core": self.core, "own": self.own}[form]
+
+    def rows(self, form: Form) -> int:
+        """The rows of its table: a few more, for what a client left and the engine still runs."""
+        return self.of(form) + (RESERVE[form] if self.of(form) else 0)
 
 
 @dataclass(frozen=True, slots=True)

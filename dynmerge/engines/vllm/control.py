@@ -1,5 +1,6 @@
 """Control: methods added to vLLM's worker, for the API process to call over vLLM's own RPC."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ class Control:
 
     model_runner: Any
 
-    def dynmerge_prepare(self, ticket: str) -> Status:
-        """Make a merge beside the step loop, or say how far it is."""
-        return self._dynmerge().prepare(ticket)
+    def dynmerge_prepare(self, ticket: str, gone: Sequence[str] = ()) -> Status:
+        """Make a merge beside the step loop, or say how far it is; `gone` will not be asked for."""
+        return self._dynmerge().prepare(ticket, gone)
 
     def dynmerge_load(self, folder: str, digest: str) -> Status:
         """Make a version of the bank resident, or say how far it is."""

@@ -38,12 +38,6 @@ class Kernel(Protocol):
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]: ...
 
 
-def gather_scale(h: Tensor, table: Tensor, column: int, index: Tensor) -> Tensor:
-    """(T, K): h scaled by its slots' weights, `table[index, column : column + K]`."""
-    weights = table[:, column : column + h.shape[1]]
-    return h * weights.index_select(0, index)
-
-
 def gather_core_expand(
     y: Tensor, z: Tensor, table: Tensor, column: int, index: Tensor, U: Tensor, offset: int
 ) -> None:

@@ -73,15 +73,12 @@ class ReplicatedUpdate(UpdateMixin, stock.ReplicatedLinearWithLoRA):  # type: ig
 
 # By the class that vLLM itself would take: a layer for which it has another is not understood here.
 KINDS: Mapping[type[Any], type[Any]] = {
-    kind.__mro__[2]: kind
-    for kind in (
-        ColumnUpdate,
-        MergedColumnUpdate,
-        QKVUpdate,
-        MergedQKVUpdate,
-        RowUpdate,
-        ReplicatedUpdate,
-    )
+    stock.ColumnParallelLinearWithLoRA: ColumnUpdate,
+    stock.MergedColumnParallelLinearWithLoRA: MergedColumnUpdate,
+    stock.QKVParallelLinearWithLoRA: QKVUpdate,
+    stock.MergedQKVParallelLinearWithLoRA: MergedQKVUpdate,
+    stock.RowParallelLinearWithLoRA: RowUpdate,
+    stock.ReplicatedLinearWithLoRA: ReplicatedUpdate,
 }
 
 
@@ -223,11 +220,13 @@ def _check_shapes(layer: Layer, modules: dict[str, ModuleOutline]) -> None:
             )
 
 
-def check_lora_config(lora_config: Any) -> None:
-    """Raise ConfigError on LoRA options of vLLM under which updates would not be added."""
+def check_config(vllm_config: Any) -> None:
+    """Raise ConfigError on options of vLLM under which updates would not be added."""
     from vllm import envs
 
-    if lora_config.fully_sharded_loras:
+    if vllm_config.parallel_config.enable_dbo:
+        raise ConfigError("--enable-dbo is not supported: a step would be two")
+    if vllm_config.lora_config.fully_sharded_loras:
         raise ConfigError("--fully-sharded-loras is not supported: its layers add no updates")
     if getattr(envs, "VLLM_LORA_ENABLE_DUAL_STREAM", False):
         raise ConfigError("VLLM_LORA_ENABLE_DUAL_STREAM is not supported: unset it")

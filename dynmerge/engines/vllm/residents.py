@@ -1,7 +1,8 @@
-"""Resident: one version of a bank on this rank: its shared factors and its tables of slots."""
+"""ResidentBank: one version of a bank on this rank: its shared factors and its tables of slots."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from dynmerge.engines.vllm.config import Slots
 from dynmerge.engines.vllm.forms import FORMS, Form
 from dynmerge.engines.vllm.layer import Layer
 from dynmerge.engines.vllm.slots import Rows
-from dynmerge.engines.vllm.tables import CorePart, DiagonalPart, Expand, OwnPart
+from dynmerge.engines.vllm.tables import CorePart, DiagonalPart, Expand, OwnPart, Part
 from dynmerge.errors import BankError
 from dynmerge.merging.diagonal import Diagonal
 from dynmerge.merging.merge import Merge, Merger
@@ -29,16 +30,7 @@ class Width:
     r: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """One layer in every form; None where there are no slots of it."""
-
-    diagonal: DiagonalPart
-    core: CorePart | None
-    own: OwnPart | None
-
-
-class Resident:
+class ResidentBank:
     """A bank's version in a rank's memory. Its tensors are allocated once and written in place."""
 
     def __init__(
@@ -53,13 +45,16 @@ class Resident:
         self.layers = tuple(layers)
         self.widths = widths
         self.slots = slots
-        self.rows = {form: Rows(slots.of(form)) for form in FORMS}
+        self.rows = {form: Rows(slots.rows(form)) for form in FORMS}
         self._dtype, self._device = dtype, device
         flat = [width for row in widths for width in row]
         # One column more than any layer has, for modules that are on another pipeline stage.
-        self._diagonals = self._new(slots.diagonal + 1, sum(width.K for width in flat) + 1)
-        self._cores = self._new(slots.core + 1, sum(width.p * width.q for width in flat) + 1)
-        self.parts = {
+        self._diagonals = self._new(slots.rows("diagonal") + 1, sum(width.K for width in flat) + 1)
+        self._cores = self._new(
+            slots.rows("core") + 1, sum(width.p * width.q for width in flat) + 1
+        )
+        # By layer; a form is absent where there are no slots of it.
+        self.parts: dict[str, dict[Form, Part]] = {
             layer.name: parts for layer, parts in zip(self.layers, self._allocated(), strict=True)
         }
         self.bank: FactorBank | None = None
@@ -112,8 +107,8 @@ class Resident:
     def _write_own(self, row: int, merge: Merge) -> None:
         updates = merge.own or {}
         for layer in self.layers:
-            own = self.parts[layer.name].own
-            assert own is not None
+            own = self.parts[layer.name]["own"]
+            assert isinstance(own, OwnPart)
             found = [updates.get(name or "") for name in layer.modules]
             downs = layer.down([None if update is None else update.A for update in found])
             ups = layer.up([None if update is None else update.B for update in found])
@@ -127,40 +122,38 @@ class Resident:
     def _new(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def _allocated(self) -> Iterator[Parts]:
-        first = {"K": 0, "pq": 0}
+    def _allocated(self) -> Iterator[dict[Form, Part]]:
+        diagonals = cores = 0
         for layer, widths in zip(self.layers, self.widths, strict=True):
-            stacked = sum(width.K for width in widths)
-            columns = slice(first["K"], first["K"] + stacked)
-            diagonal = DiagonalPart(
-                self._new(stacked, layer.d_in),
-                self._expands(layer, [width.K for width in widths], [w.K for w in widths]),
-                self._diagonals[:, columns],
-            )
-            core = self._core_part(layer, widths, first["pq"]) if self.slots.core else None
-            own = self._own_part(layer, widths) if self.slots.own else None
-            first["K"] += stacked
-            first["pq"] += sum(width.p * width.q for width in widths)
-            yield Parts(diagonal, core, own)
+            stacked = [width.K for width in widths]
+            columns = slice(diagonals, diagonals + sum(stacked))
+            parts: dict[Form, Part] = {
+                "diagonal": DiagonalPart(
+                    self._new(layer.d_in, sum(stacked)),
+                    self._expands(layer, stacked, stacked),
+                    self._diagonals[:, columns],
+                )
+            }
+            if self.slots.core:
+                parts["core"] = self._core_part(layer, widths, cores)
+            if self.slots.own:
+                parts["own"] = self._own_part(layer, widths)
+            diagonals += sum(stacked)
+            cores += sum(width.p * width.q for width in widths)
+            yield parts
 
     def _core_part(self, layer: Layer, widths: Sequence[Width], first: int) -> CorePart:
-        down = self._new(sum(width.q for width in widths), layer.d_in)
-        expands = self._expands(layer, [width.q for width in widths], [w.p for w in widths])
-        places, cores = [], []
-        for width in widths:
-            if not width.p:
-                continue
-            span = self._cores[:, first : first + width.p * width.q]
-            cores.append(span.view(len(span), width.q, width.p))
-            places.append(first)
-            first += width.p * width.q
-        return CorePart(down, expands, tuple(cores), self._cores, tuple(places))
+        inner = [width.q for width in widths]
+        expands = self._expands(layer, inner, [width.p for width in widths])
+        ends = accumulate((width.p * width.q for width in widths), initial=first)
+        places = [end for end, width in zip(ends, widths, strict=False) if width.q]
+        return CorePart(self._new(layer.d_in, sum(inner)), expands, self._cores, tuple(places))
 
     def _own_part(self, layer: Layer, widths: Sequence[Width]) -> OwnPart:
         spans = layer.spans
-        A = [self._new(self.slots.own, width.r, layer.d_in) for width in widths]
+        A = [self._new(self.slots.rows("own"), width.r, layer.d_in) for width in widths]
         B = [
-            self._new(self.slots.own, span.stop - span.start, width.r)
+            self._new(self.slots.rows("own"), span.stop - span.start, width.r)
             for span, width in zip(spans, widths, strict=True)
         ]
         return OwnPart(spans, tuple(A), tuple(B))
@@ -184,16 +177,18 @@ class Resident:
         widths: Sequence[Width],
     ) -> None:
         parts = self.parts[layer.name]
+        diagonal, core = parts["diagonal"], parts.get("core")
+        assert isinstance(diagonal, DiagonalPart)
         # In float64: a product of two factors is rounded once, into the engine's dtype.
         A = [None if m is None else m.right.double() @ m.V.double().mT for m in modules]
         B = [None if m is None else m.U.double() @ m.left.double() for m in modules]
         sizes = [width.K for width in widths]
-        _fill(parts.diagonal.down, parts.diagonal.expands, layer.down(A), layer.up(B), sizes)
-        if parts.core is not None:
+        _fill(diagonal.down, diagonal.expands, layer.down(A), layer.up(B), sizes)
+        if isinstance(core, CorePart):
             V = [None if m is None else m.V.mT for m in modules]
             U = [None if m is None else m.U for m in modules]
             sizes = [width.q for width in widths]
-            _fill(parts.core.down, parts.core.expands, layer.down(V), layer.up(U), sizes)
+            _fill(core.down, core.expands, layer.down(V), layer.up(U), sizes)
 
     def _places(
         self,
@@ -222,13 +217,12 @@ class Resident:
         yield self._diagonals
         yield self._cores
         for parts in self.parts.values():
-            yield parts.diagonal.down
-            yield from (each.up for each in parts.diagonal.expands)
-            if parts.core is not None:
-                yield parts.core.down
-                yield from (each.up for each in parts.core.expands)
-            if parts.own is not None:
-                yield from (*parts.own.A, *parts.own.B)
+            for part in parts.values():
+                if isinstance(part, OwnPart):
+                    yield from (*part.A, *part.B)
+                elif isinstance(part, DiagonalPart | CorePart):
+                    yield part.down
+                    yield from (each.up for each in part.expands)
 
 
 def widths_of(
@@ -240,7 +234,7 @@ def widths_of(
     def width(name: str | None) -> Width:
         module = modules.get(name or "")
         if module is None:
-            return Width(spare, spare, spare, min(own_rank, spare))
+            return Width(spare, spare, spare, own_rank + spare if spare else 0)
         (d_out, p), (d_in, q) = module.U.shape, module.V.shape
         return Width(
             sum(module.ranks) + spare,
@@ -285,7 +279,7 @@ def _fill(
     for each, (low, high) in zip(expands, given, strict=True):
         if low is not None and high is not None:
             start = each.columns.start
-            down[start : start + len(low)].copy_(low)
+            down[:, start : start + len(low)].copy_(low.mT)
             each.up[:, : high.shape[1]].copy_(high)
 
 

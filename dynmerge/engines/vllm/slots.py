@@ -56,6 +56,13 @@ class Rows:
             self._free.append(held[1])
         return held is not None
 
+    def release(self, name: str) -> None:
+        """Let a merge be the next to leave, if it is here: nobody will ask for it again."""
+        for number, (held, _) in self._held.items():
+            if held == name:
+                self._held.move_to_end(number, last=False)
+                return
+
     def clear(self) -> None:
         """Forget all of them."""
         for number in list(self._held):

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Table = TypeVar("Table", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,6 @@ class Run:
     start: int
     stop: int
     row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Singles:
-    """Tokens [start, stop), neighbours each under a row of its own."""
-
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +34,7 @@ class Assignment:
 NOWHERE = -1
 
 
-def assign(
-    numbers: Sequence[int], places: Mapping[int, tuple[Table, int]]
-) -> dict[Table, Assignment]:
+def assign(numbers: Sequence[int], places: Mapping[int, tuple[Key, int]]) -> dict[Key, Assignment]:
     """Each needed table's assignment.
 
     `numbers` (tokens,) are merges' numbers, 0 and below the base model; `places` has each one's
@@ -55,30 +45,13 @@ def assign(
         return {}
     starts = np.flatnonzero(np.diff(tokens, prepend=tokens[:1] - 1))
     stops = np.append(starts[1:], len(tokens))
-    by_table: dict[Table, list[Run]] = {}
+    by_table: dict[Key, list[Run]] = {}
     for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         number = int(tokens[start])
         if number > 0:
             table, row = places[number]
             by_table.setdefault(table, []).append(Run(start, stop, row))
     return {table: _assignment(runs, len(tokens)) for table, runs in by_table.items()}
-
-
-def joined(runs: Sequence[Run]) -> list[Run | Singles]:
-    """The runs, with neighbours of one token each taken together."""
-    found: list[Run | Singles] = []
-    for run in runs:
-        last = found[-1] if found else None
-        alone = run.stop - run.start == 1
-        if last is not None and alone and last.stop == run.start and _single(last):
-            found[-1] = Singles(last.start, run.stop)
-        else:
-            found.append(run)
-    return found
-
-
-def _single(piece: Run | Singles) -> bool:
-    return isinstance(piece, Singles) or piece.stop - piece.start == 1
 
 
 def _assignment(runs: list[Run], tokens: int) -> Assignment:

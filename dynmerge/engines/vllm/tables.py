@@ -1,4 +1,4 @@
-"""Tables: one layer's shared factors and, for every slot, what a merge is between them.
+"""Parts: one layer's shared factors and, for every slot, what a merge is between them.
 
 Three forms. `DiagonalPart`: y += B (d * (A x)) in the skills' own directions, d one row of numbers.
 `CorePart`: y += U (C (V^T x)) in the bank's shared bases. `OwnPart`: y += B (A x) with factors of
@@ -7,14 +7,24 @@ the merge's own. Everything is cut to this rank. Addresses never change after al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dynmerge.engines.vllm.kernels import gather_core_expand
-from dynmerge.engines.vllm.steps import Run, Singles
+from dynmerge.engines.vllm.steps import Run
 
-Pieces = Sequence[Run | Singles]
+
+class Part(Protocol):
+    """What is added to one layer's output under the merges of one form."""
+
+    def add(self, x: Tensor, y: Tensor, index: Tensor, runs: Sequence[Run] | None) -> None:
+        """y (tokens, d_out) += the updates of x (tokens, d_in) under the rows `index` (tokens,).
+
+        `runs` are the same rows as the host knows them; None where the host may decide nothing.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,13 +40,14 @@ class Expand:
 class DiagonalPart:
     """`rows` is this layer's part of the table: (slots + 1, columns), the last row zeros."""
 
-    down: Tensor  # (columns, d_in)
+    # As rows of x take it: the other way round a few tokens cost twice as much on a CPU.
+    down: Tensor  # (d_in, columns)
     expands: tuple[Expand, ...]
     rows: Tensor
 
-    def add(self, x: Tensor, y: Tensor, index: Tensor) -> None:
-        """y (tokens, d_out) += the updates of the tokens' rows; `index` (tokens,)."""
-        h = torch.mm(x, self.down.mT)
+    def add(self, x: Tensor, y: Tensor, index: Tensor, runs: Sequence[Run] | None) -> None:
+        """See Part."""
+        h = torch.mm(x, self.down)
         h.mul_(self.rows.index_select(0, index))
         for each in self.expands:
             y[:, each.outputs].addmm_(h[:, each.columns], each.up.mT)
@@ -46,24 +57,16 @@ class DiagonalPart:
 class CorePart:
     """`table` (slots + 1, all layers' numbers), the last row zeros; a slice's C is (q, p)."""
 
-    down: Tensor  # (columns, d_in)
+    down: Tensor  # (d_in, columns)
     expands: tuple[Expand, ...]
-    cores: tuple[Tensor, ...]  # of each slice, a view (slots + 1, q, p) of the table
     table: Tensor
     places: tuple[int, ...]  # of each slice, the column of the table where its cores begin
 
-    def add(self, x: Tensor, y: Tensor, pieces: Pieces, index: Tensor) -> None:
-        """y += the updates of the tokens in `pieces`, whose rows are in `index` (tokens,)."""
-        z = torch.mm(x, self.down.mT)
-        for each, cores in zip(self.expands, self.cores, strict=True):
-            through = _through(z[:, each.columns], cores, pieces, index)
-            y[:, each.outputs].addmm_(through, each.up.mT)
-
-    def add_static(self, x: Tensor, y: Tensor, index: Tensor) -> None:
-        """The same by `index` alone, nothing decided on the host."""
-        z = torch.mm(x, self.down.mT)
+    def add(self, x: Tensor, y: Tensor, index: Tensor, runs: Sequence[Run] | None) -> None:
+        """See Part."""
+        z = torch.mm(x, self.down)
         for each, place in zip(self.expands, self.places, strict=True):
-            own = z[:, each.columns].contiguous()
+            own = z[:, each.columns]
             gather_core_expand(y, own, self.table, place, index, each.up, each.outputs.start)
 
 
@@ -75,29 +78,19 @@ class OwnPart:
     A: tuple[Tensor, ...]
     B: tuple[Tensor, ...]
 
-    def add(self, x: Tensor, y: Tensor, runs: Sequence[Run]) -> None:
-        """y += the updates of the tokens in `runs`."""
+    def add(self, x: Tensor, y: Tensor, index: Tensor, runs: Sequence[Run] | None) -> None:
+        """See Part."""
+        if runs is None:
+            return self._add_everywhere(x, y, index)
         for run in runs:
             part = x[run.start : run.stop]
             for outputs, A, B in zip(self.outputs, self.A, self.B, strict=True):
                 y[run.start : run.stop, outputs].addmm_(part @ A[run.row].mT, B[run.row].mT)
+        return None
 
-    def add_static(self, x: Tensor, y: Tensor, index: Tensor) -> None:
-        """The same by `index` alone: every slot for every token, those of other merges times 0."""
+    def _add_everywhere(self, x: Tensor, y: Tensor, index: Tensor) -> None:
+        """Every slot for every token, those under other merges times 0."""
         for slot in range(self.A[0].shape[0]):
             here = (index == slot).to(x.dtype)[:, None]
             for outputs, A, B in zip(self.outputs, self.A, self.B, strict=True):
                 y[:, outputs].addmm_((x @ A[slot].mT) * here, B[slot].mT)
-
-
-def _through(z: Tensor, cores: Tensor, pieces: Pieces, index: Tensor) -> Tensor:
-    """(tokens, p): z (tokens, q) through the cores (slots + 1, q, p) of its tokens; 0 elsewhere."""
-    result = z.new_zeros(len(z), cores.shape[2])
-    for piece in pieces:
-        here = slice(piece.start, piece.stop)
-        if isinstance(piece, Run):
-            result[here] = z[here] @ cores[piece.row]
-        else:
-            own = cores.index_select(0, index[here])
-            result[here] = torch.bmm(z[here, None], own).squeeze(1)
-    return result

@@ -1,11 +1,11 @@
 """Step and Update: what the layers add in the present forward pass.
 
 The step is planned once; every layer's update follows it. Where addresses are fixed (`static`)
-everything is decided by index buffers on the device: the work is one custom op, a leaf to tracing
+everything is decided by index buffers on the device: the work is one operator, a leaf to tracing
 compilers, whose launches a CUDA graph may replay.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -14,38 +14,38 @@ from torch import Tensor
 
 from dynmerge.engines.vllm.forms import FORMS, Form
 from dynmerge.engines.vllm.layer import Layer
-from dynmerge.engines.vllm.residents import Resident
+from dynmerge.engines.vllm.residents import ResidentBank
 from dynmerge.engines.vllm.slots import Rows
-from dynmerge.engines.vllm.steps import NOWHERE, Run, assign, joined
-from dynmerge.engines.vllm.tables import Pieces
+from dynmerge.engines.vllm.steps import NOWHERE, Run, assign
+
+OPERATOR = "dynmerge::add_update"
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """One form's slots in one version of the bank. Equal to itself only."""
 
-    resident: Resident
+    bank: ResidentBank
     form: Form
 
     @property
     def rows(self) -> Rows:
         """Which merge is in which row."""
-        return self.resident.rows[self.form]
+        return self.bank.rows[self.form]
 
     @property
     def nowhere(self) -> int:
         """The row of tokens that have none: the last, which is zeros."""
-        return self.resident.slots.of(self.form)
+        return self.rows.count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Need:
-    """A table that the step's tokens need, and how."""
+    """A table that the step's tokens need, and how; `runs` None where the host decides nothing."""
 
     table: Table
     index: Tensor  # (tokens,)
-    runs: Sequence[Run] = ()
-    pieces: Pieces = ()
+    runs: Sequence[Run] | None
 
 
 class Step:
@@ -55,53 +55,52 @@ class Step:
         self.static = static
         self.places: dict[int, tuple[Table, int]] = {}
         self.tokens = 0
-        self.needs: tuple[Need, ...] = ()
+        self._needs: tuple[Need, ...] = ()
         self._device = device
         self._max_tokens = max_tokens
         self._buffers: dict[Table, Tensor] = {}
 
     def include(self, tables: Iterable[Table]) -> None:
-        """Give tables index buffers, so that they are part of every static step."""
+        """Give tables index buffers for good, so that they are part of every captured step."""
         for table in tables:
             self._buffers[table] = torch.full(
                 (self._max_tokens,), table.nowhere, dtype=torch.int64, device=self._device
             )
 
-    def forget(self, tables: Iterable[Table]) -> None:
-        """Tables that are no more."""
-        for table in tables:
-            self._buffers.pop(table, None)
-        self.needs = ()
-
     def plan(self, numbers: Sequence[int]) -> None:
         """Point the tokens of the next forward pass at their rows; `numbers` are the merges'."""
-        found = assign(numbers, self.places)
+        self.tokens = len(numbers)
         needs = []
-        for table, assignment in found.items():
-            index = torch.from_numpy(assignment.index)
+        for table, found in assign(numbers, self.places).items():
+            index = torch.from_numpy(found.index)
             index.masked_fill_(index == NOWHERE, table.nowhere)
-            runs = assignment.runs
-            needs.append(Need(table, index.to(self._device), runs, joined(runs)))
-        self.needs, self.tokens = tuple(needs), len(numbers)
-        if self.static:
-            self._write_buffers()
+            needs.append(Need(table, self._sent(index), found.runs))
+        self._needs = tuple(self._buffered(needs) if self.static else needs)
 
-    def _write_buffers(self) -> None:
-        given = {need.table: need.index for need in self.needs}
+    def needs(self) -> Iterable[Need]:
+        """The tables that matter now: while a graph is captured all, else those tokens need."""
+        if not (self._needs and self._is_captured()):
+            return self._needs
+        return [Need(table, buffer, None) for table, buffer in self._buffers.items()]
+
+    def _sent(self, index: Tensor) -> Tensor:
+        """On the device, without waiting for what runs there."""
+        if self._device.type != "cuda":
+            return index.to(self._device)
+        return index.pin_memory().to(self._device, non_blocking=True)
+
+    def _buffered(self, needs: Sequence[Need]) -> list[Need]:
+        given = {need.table: need.index for need in needs}
         for table, buffer in self._buffers.items():
             index = given.get(table)
             if index is not None:
-                buffer[: len(index)].copy_(index)
+                buffer[: len(index)].copy_(index, non_blocking=True)
             # What pads the batch, and what an earlier step left, is nobody's.
             buffer[0 if index is None else len(index) :].fill_(table.nowhere)
+        return [Need(need.table, self._buffers[need.table], None) for need in needs]
 
-    def static_needs(self) -> Iterable[Need]:
-        """What a static step does: all tables while a graph is captured, else those needed."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            tables: Iterable[Table] = self._buffers if self.needs else ()
-        else:
-            tables = [need.table for need in self.needs]
-        return [Need(table, self._buffers[table]) for table in tables]
+    def _is_captured(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Update:
@@ -117,48 +116,29 @@ class Update:
         if self._step.static:
             torch.ops.dynmerge.add_update(y, x, self._handle)
         else:
-            self.add_planned(x, y)
+            self.add(x, y)
 
-    def add_planned(self, x: Tensor, y: Tensor) -> None:
-        """By the host's plan: tables that no token needs cost nothing."""
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Do so at once. Tables that no token needs cost nothing."""
         step = self._step
-        if not step.needs:
-            return
-        if len(x) < step.tokens:
-            raise RuntimeError(f"{self._layer.name}: {len(x)} tokens came, {step.tokens} planned")
-        x, y = x[: step.tokens], y[: step.tokens]  # the rest pads the batch
-        for need in step.needs:
-            parts = need.table.resident.parts.get(self._layer.name)
-            if parts is None:
-                continue
-            if need.table.form == "diagonal":
-                parts.diagonal.add(x, y, need.index)
-            elif need.table.form == "core" and parts.core is not None:
-                parts.core.add(x, y, need.pieces, need.index)
-            elif parts.own is not None:
-                parts.own.add(x, y, need.runs)
-
-    def add_static(self, x: Tensor, y: Tensor) -> None:
-        """By the index buffers."""
-        for need in self._step.static_needs():
-            parts = need.table.resident.parts.get(self._layer.name)
-            if parts is None:
-                continue
-            index = need.index[: len(x)]
-            if need.table.form == "diagonal":
-                parts.diagonal.add(x, y, index)
-            elif need.table.form == "core" and parts.core is not None:
-                parts.core.add_static(x, y, index)
-            elif parts.own is not None:
-                parts.own.add_static(x, y, index)
+        if not step.static:
+            if len(x) < step.tokens:
+                raise RuntimeError(
+                    f"{self._layer.name}: {len(x)} tokens came, {step.tokens} planned"
+                )
+            x, y = x[: step.tokens], y[: step.tokens]  # the rest pads the batch
+        for need in step.needs():
+            parts = need.table.bank.parts.get(self._layer.name, {})
+            if need.table.form in parts:
+                parts[need.table.form].add(x, y, need.index[: len(x)], need.runs)
 
 
-def tables_of(resident: Resident) -> dict[Form, Table]:
+def tables_of(bank: ResidentBank) -> Mapping[Form, Table]:
     """A version's tables."""
-    return {form: Table(resident, form) for form in FORMS}
+    return {form: Table(bank, form) for form in FORMS}
 
 
-# An op takes tensors and numbers only: layers are known to it by number.
+# An operator takes tensors and numbers only: layers are known to it by number.
 _UPDATES: "WeakValueDictionary[int, Update]" = WeakValueDictionary()
 
 
@@ -168,12 +148,19 @@ def _register(update: Update) -> int:
     return handle
 
 
-@torch.library.custom_op("dynmerge::add_update", mutates_args=("y",))
-def add_update(y: Tensor, x: Tensor, handle: int) -> None:
-    """Add a layer's updates to `y` in place."""
-    _UPDATES[handle].add_static(x, y)
+def _add_update(y: Tensor, x: Tensor, handle: int) -> None:
+    _UPDATES[handle].add(x, y)
 
 
-@add_update.register_fake
-def _(y: Tensor, x: Tensor, handle: int) -> None:
-    return None
+def _fake(y: Tensor, x: Tensor, handle: int) -> None:
+    """Nothing is returned, and y keeps its shape."""
+
+
+# As in `kernels.py`: torch.library.custom_op's calls cost ten times as much.
+torch.library.define(
+    OPERATOR,
+    "(Tensor(a!) y, Tensor x, int handle) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake(OPERATOR, _fake)
+torch.library.impl(OPERATOR, "default", _add_update)

@@ -5,9 +5,10 @@ of its form, made here and now where that takes microseconds, and the step's tok
 their rows. No files, no copies of weights.
 """
 
+import hashlib
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ from dynmerge.bank.storage import check_base, load_bank
 from dynmerge.engines.vllm.assembly import READY, Assembly, Order, Status, failed
 from dynmerge.engines.vllm.config import PluginConfig
 from dynmerge.engines.vllm.forms import FORMS, Form, form_of
-from dynmerge.engines.vllm.layers import Layers, check_lora_config
-from dynmerge.engines.vllm.residents import Resident, widths_of
+from dynmerge.engines.vllm.layers import Layers, check_config
+from dynmerge.engines.vllm.logs import speak_as_vllm
+from dynmerge.engines.vllm.residents import ResidentBank, widths_of
 from dynmerge.engines.vllm.ticket import recipe_of
 from dynmerge.engines.vllm.updates import Step, Table, Update, tables_of
 from dynmerge.errors import BankError, BaseModelError, DynmergeError
 from dynmerge.merging.lane import lane
 from dynmerge.merging.merge import Merge
 from dynmerge.recipe import Recipe
+
+COMPILED = "dynmerge-layers"  # in vLLM's additional configuration
 
 logger = logging.getLogger("dynmerge.vllm")
 
@@ -45,14 +49,15 @@ class Tenancy:
         device: torch.device,
         embedding_modules: object = None,
     ) -> None:
+        speak_as_vllm()
         self.config = config
         self.device = device
         self._lora_config = vllm_config.lora_config
-        check_lora_config(self._lora_config)
+        check_config(vllm_config)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.step = Step(_is_static(config, vllm_config, device), tokens, device)
-        self.tables: dict[str, dict[Form, Table]] = {}  # by the bank's digest
-        self._spare: list[Resident] = []  # allocated, with no bank in them
+        self.tables: dict[str, Mapping[Form, Table]] = {}  # by the bank's digest
+        self._spare: list[Mapping[Form, Table]] = []  # allocated, with no bank in them
         self._dummies: set[int] = set()
         self._held: dict[int, frozenset[str]] = {}  # by client process
         self._loading: dict[str, Order] = {}
@@ -68,10 +73,14 @@ class Tenancy:
         outline = Outline.of_bank(bank)
         self._layers = Layers(model, self._lora_config)
         self.slots = self.config.slots(outline, self._dtype.itemsize, self._lora_config.max_loras)
-        self._assembly = Assembly(self.slots.core + self.slots.own, self.device)
+        # Some are made for clients that leave before their request runs.
+        self._assembly = Assembly(2 * (self.slots.core + self.slots.own), self.device)
         if self.step.static:
-            self._spare = [self._room(bank) for _ in range(self.config.versions)]
-        self._admit(self._resident(bank))
+            self._spare = [tables_of(self._room(bank)) for _ in range(self.config.versions)]
+            for tables in self._spare:
+                self.step.include(tables.values())
+            _mark_compiled(vllm_config, outline)
+        self._admit(self._loaded(bank))
         logger.info("%s", self._told())
         return model
 
@@ -94,12 +103,10 @@ class Tenancy:
         return place is not None and place[0].rows.drop(adapter_id)
 
     def remove_all_adapters(self) -> None:
-        """Forget every merge; the bank stays."""
-        self.step.places.clear()
+        """Forget what warmed up. vLLM says this after every such run, also between requests."""
+        for number in self._dummies:
+            self.step.places.pop(number, None)
         self._dummies.clear()
-        for tables in self.tables.values():
-            for table in tables.values():
-                table.rows.clear()
 
     def list_adapters(self) -> set[int]:
         """The numbers of resident merges."""
@@ -129,19 +136,26 @@ class Tenancy:
 
     # What the control plane calls (`control.py`).
 
-    def prepare(self, text: str) -> Status:
-        """Make the merge of a ticket beside the step loop, or say how far it is."""
+    def prepare(self, text: str, gone: Sequence[str]) -> Status:
+        """Make the merge of a ticket beside the step loop, or say how far it is.
+
+        `gone` are merges that the client has given up: their rows are the next to be taken.
+        """
+        for tables in self.tables.values():
+            for name in gone:
+                tables["core"].rows.release(name)
+                tables["own"].rows.release(name)
         recipe = recipe_of(text)
-        tables = self.tables.get(recipe.bank)
-        if tables is None:
+        found = self.tables.get(recipe.bank)
+        if found is None:
             return failed(f"the bank {recipe.bank[:12]} is not resident")
-        table = tables[form_of(recipe.method)]
+        table = found[form_of(recipe.method)]
         if table.form == "diagonal":
             return READY
         row = table.rows.row_of(recipe.digest)
         if row is not None:
-            return table.resident.status[table.form, row]
-        return self._assembly.prepare(recipe, table.resident.merger)
+            return table.bank.status[table.form, row]
+        return self._assembly.prepare(recipe, table.bank.merger)
 
     def load(self, folder: Path, digest: str) -> Status:
         """Make another version of the bank resident, or say how far it is."""
@@ -153,7 +167,6 @@ class Tenancy:
         status = order.status()
         if status["state"] == "ready":
             try:
-                # Layers are wrapped and versions taken up between steps, not beside one.
                 self._admit(order.future.result())
             except DynmergeError as error:
                 status = failed(str(error))
@@ -164,7 +177,12 @@ class Tenancy:
     def hold(self, client: int, digests: frozenset[str]) -> None:
         """The versions that a client process may still send requests for; others may go."""
         self._held[client] = digests
-        self._let_go()
+        held = frozenset().union(*self._held.values())
+        for digest in [each for each in self.tables if each not in held]:
+            if len(self.tables) > 1:
+                self._drop(digest)
+        for digest in [each for each in self._loading if each not in held]:
+            self._give_up(self._loading.pop(digest))
 
     def stats(self) -> dict[str, Any]:
         """What is resident and what it took."""
@@ -176,7 +194,7 @@ class Tenancy:
             "merges": self._assembly.made,
             "seconds": self._assembly.seconds,
             "banks": list(self.tables),
-            "bytes": sum(t["diagonal"].resident.nbytes for t in self.tables.values()),
+            "bytes": sum(t["diagonal"].bank.nbytes for t in self.tables.values()),
         }
 
     # How it is done.
@@ -209,74 +227,79 @@ class Tenancy:
         if evicted is not None:
             del self.step.places[evicted]
         if merge is None:
-            table.resident.write_diagonal(row, recipe)
+            table.bank.write_diagonal(row, recipe)
         else:
-            table.resident.write(table.form, row, merge)
+            table.bank.write(table.form, row, merge)
         self.step.places[number] = (table, row)
 
     def _assembled(self, recipe: Recipe, table: Table) -> Merge | None:
         """The merge, where it takes more than a row of weights."""
         if table.form == "diagonal":
             return None
-        return self._assembly.take(recipe, table.resident.merger)
+        return self._assembly.take(recipe, table.bank.merger)
 
     def _settle_dummy(self, number: int) -> None:
-        table = next(iter(self.tables.values()))["diagonal"]
-        self.step.places[number] = (table, (number - 1) % table.rows.count)
+        """Any row will do, of every form in turn, so that all that can run has run."""
+        tables = [t for t in next(iter(self.tables.values())).values() if t.rows.count]
+        table = tables[number % len(tables)]
+        self.step.places[number] = (table, number % table.rows.count)
 
-    def _read(self, folder: Path, digest: str) -> Resident:
+    def _read(self, folder: Path, digest: str) -> Mapping[Form, Table]:
         """Another version, from disk: for the same base model, and the one that was meant."""
         bank = load_bank(folder)
         if bank.digest != digest:
             raise BankError(f"{folder} holds {bank.digest[:12]}, not {digest[:12]}, by now")
         if bank.base.fingerprint != self._base:
             raise BankError(f"{folder} was built for another base model: {bank.base.name}")
-        return self._resident(bank)
+        return self._loaded(bank)
 
-    def _resident(self, bank: FactorBank) -> Resident:
+    def _loaded(self, bank: FactorBank) -> Mapping[Form, Table]:
         """A bank in memory of its own, or in what was set aside for a version."""
+        if len(self.tables) >= self.config.versions or (self.step.static and not self._spare):
+            raise BankError(
+                f"{self.config.versions} versions of the bank are in use, which is all this "
+                "server keeps: try again when requests on the oldest have ended"
+            )
         if not self.step.static:
-            resident = self._room(bank)
-        elif self._spare:
-            resident = self._spare[-1]
-        else:
-            raise BankError(
-                f"{self.config.versions} versions of the bank are in use, which is all this "
-                "server keeps: try again when requests on the oldest have ended"
-            )
-        resident.load(bank)
-        if self.step.static:
-            self._spare.remove(resident)
-        return resident
+            room = self._room(bank)
+            room.load(bank)
+            return tables_of(room)
+        tables = self._spare[-1]
+        self._check_layers(bank, tables["diagonal"].bank)
+        self._settle_device()  # steps that were queued before may still read it
+        tables["diagonal"].bank.load(bank)
+        self._settle_device()
+        self._spare.pop()
+        return tables
 
-    def _room(self, bank: FactorBank) -> Resident:
-        if not self.step.static and len(self.tables) >= self.config.versions:
-            raise BankError(
-                f"{self.config.versions} versions of the bank are in use, which is all this "
-                "server keeps: try again when requests on the oldest have ended"
-            )
+    def _check_layers(self, bank: FactorBank, room: ResidentBank) -> None:
+        """Raise BankError on layers for which nothing was set aside."""
+        there = {layer.name for layer in room.layers}
+        for layer in self._layers.of(Outline.of_bank(bank)):
+            if layer.name not in there:
+                raise BankError(
+                    f"no skill changed {layer.name} when this server started, which set nothing "
+                    "aside for it: start it again with this bank"
+                )
+
+    def _settle_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _room(self, bank: FactorBank) -> ResidentBank:
         layers = self._layers.of(Outline.of_bank(bank))
         spare = self.config.spare_rank if self.step.static else 0
         widths = widths_of(bank, layers, self.slots.own_rank, spare)
-        return Resident(layers, widths, self.slots, self._dtype, self.device)
+        return ResidentBank(layers, widths, self.slots, self._dtype, self.device)
 
-    def _admit(self, resident: Resident) -> None:
+    def _admit(self, tables: Mapping[Form, Table]) -> None:
         """Serve a version from the next step on."""
-        for layer in resident.layers:
+        bank = tables["diagonal"].bank
+        for layer in bank.layers:
             if layer.wrapped.add is None:
                 layer.wrapped.add = Update(layer, self.step)
-        tables = tables_of(resident)
-        self.tables[resident.digest] = tables
-        if self.step.static:
-            self.step.include(tables.values())
-        self._base = resident.base
-
-    def _let_go(self) -> None:
-        """Free the versions that no client holds; the newest stays."""
-        held = frozenset().union(*self._held.values())
-        for digest in list(self.tables)[:-1]:
-            if digest not in held:
-                self._drop(digest)
+        self.tables[bank.digest] = tables
+        self._base = bank.base
 
     def _drop(self, digest: str) -> None:
         tables = self.tables.pop(digest)
@@ -284,9 +307,21 @@ class Tenancy:
         places = self.step.places
         for number in [each for each, (table, _) in places.items() if table in gone]:
             del places[number]
-        self.step.forget(gone)
+        self._free(tables)
+
+    def _give_up(self, order: Order) -> None:
+        """A version was loaded, or is being, that nobody wants any more."""
+
+        def loaded(future: "Future[Mapping[Form, Table]]") -> None:
+            if not future.cancelled() and future.exception() is None:
+                self._free(future.result())
+
+        if not order.future.cancel():
+            order.future.add_done_callback(loaded)
+
+    def _free(self, tables: Mapping[Form, Table]) -> None:
         if self.step.static:
-            self._spare.append(tables["diagonal"].resident)
+            self._spare.append(tables)
 
     def _told(self) -> str:
         slots = self.slots
@@ -302,6 +337,13 @@ def _is_static(config: PluginConfig, vllm_config: Any, device: torch.device) -> 
     if config.static is not None:
         return config.static
     return device.type != "cpu" and not vllm_config.model_config.enforce_eager
+
+
+def _mark_compiled(vllm_config: Any, outline: Outline) -> None:
+    """Tell vLLM's compile cache which layers have updates: a graph has them at these, by number."""
+    names = "\n".join(module.name for module in outline.modules)
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    vllm_config.additional_config = {**vllm_config.additional_config, COMPILED: digest}
 
 
 def _fingerprint(model_config: Any) -> str:

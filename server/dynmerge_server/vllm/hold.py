@@ -53,6 +53,8 @@ class Hold:
         self._versions.leave(self._recipe.bank)
 
     async def _make(self, resident: Resident) -> None:
-        first, *_ = await self._workers.until_ready("dynmerge_prepare", ticket(self._recipe))
+        # Each is told once, before the newcomer needs its row; asking again tells nothing new.
+        gone = self._residents.gone()
+        first, *_ = await self._workers.until_ready("dynmerge_prepare", ticket(self._recipe), gone)
         resident.rank, resident.energy = first.get("rank"), first.get("energy", 1.0)
         resident.ready = True

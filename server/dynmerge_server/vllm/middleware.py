@@ -176,7 +176,9 @@ def _use(scope: Scope) -> Use | None:
 
 
 def _path(scope: Scope) -> str:
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+    """Where the application is asked, without what a proxy puts before it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if path.startswith(f"{root}/") else path
 
 
 async def _read(receive: Receive) -> bytes:

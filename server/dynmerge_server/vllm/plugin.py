@@ -14,6 +14,7 @@ from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import read_manifest
 from dynmerge.engines.vllm.config import KEY, PluginConfig
 from dynmerge.engines.vllm.forms import FORMS, Form
+from dynmerge.engines.vllm.logs import speak_as_vllm
 from dynmerge.errors import ConfigError, DynmergeError
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.errors import SchemaError, on_error
@@ -47,6 +48,7 @@ class Plugin:
         """Open the bank and let vLLM's handlers find merges. Raises ConfigError or BankError."""
         from vllm.lora.request import LoRARequest
 
+        speak_as_vllm()
         vllm_config = engine_client.vllm_config
         plugin = _configured(vllm_config)
         _check(vllm_config, args)
@@ -84,6 +86,10 @@ def _check(vllm_config: Any, args: Namespace) -> None:
     if extension != control.NAME:
         given = f"not {extension}" if extension else "which is missing"
         raise ConfigError(f"the workers need --worker-extension-cls {control.NAME}, {given}")
+    root = args.root_path or ""
+    if root and ("/v1/".startswith(root) or not root.startswith("/") or root.endswith("/")):
+        # vLLM's own check of API keys takes such a root off the front of other paths too.
+        raise ConfigError(f"--root-path {root!r}: give one such as /models, or none")
     if args.lora_modules or vllm_config.lora_config.default_mm_loras:
         raise ConfigError(
             "vLLM's own adapters do not run beside dynmerge: put what --lora-modules names into "
@@ -115,11 +121,12 @@ async def _open(
     own_rank = plugin.slots(outline, model.dtype.itemsize, most).own_rank
     terms = Terms(config, names, model.max_model_len, room, own_rank)
     offer = partial(Served.of, terms=terms)
-    versions = Versions(plugin.bank, workers, offer, core.client_index)
+    residents = Residents(room, core.client_index, core.client_count)
+    versions = Versions(plugin.bank, workers, offer, core.client_index, residents.forget)
     await versions.open()
     return Door(
         versions,
-        Residents(room, core.client_index, core.client_count),
+        residents,
         workers,
         Metrics(names[0]),
         _skills(plugin, config, versions, model),

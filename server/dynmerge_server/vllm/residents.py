@@ -8,6 +8,7 @@ slots, whatever preferences come. Knows no vLLM and no HTTP; used from one event
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from dynmerge.engines.vllm.forms import Form, form_of
@@ -81,12 +82,9 @@ class Residents:
         self._ids = range(1 + index, LAST_ID + 1, count)
         self._next = 0
         self._taken: set[int] = set()
+        self._gone: list[str] = []
         self._max_waiting = max_waiting
         self._hits = self._misses = self._evictions = self._clock = 0
-
-    def capacity(self, form: Form) -> int:
-        """How many merges of a form may be in flight."""
-        return self._places[form].capacity
 
     async def pin(self, recipe: Recipe) -> Resident:
         """Hold the place of a merge until `unpin`, waiting for one where all are in use.
@@ -107,6 +105,8 @@ class Residents:
         try:
             return await turn
         except asyncio.CancelledError:
+            with suppress(ValueError):
+                place.waiting.remove((recipe, turn))
             if turn.done() and not turn.cancelled():  # it was given its place in the meantime
                 self.unpin(turn.result())
             raise
@@ -124,6 +124,19 @@ class Residents:
             recipe, turn = place.waiting.popleft()
             if not turn.done():
                 turn.set_result(self._hold(place, resident.form, recipe))
+
+    def forget(self, bank: str) -> None:
+        """A version of the bank is no more, and what the workers had prepared of it."""
+        for place in self._places.values():
+            for digest in [d for d, each in place.idle.items() if each.recipe.bank == bank]:
+                self._taken.discard(place.idle.pop(digest).id)
+            for each in place.pinned.values():
+                each.ready = each.ready and (each.recipe.bank != bank or each.form == "diagonal")
+
+    def gone(self) -> list[str]:
+        """Merges that left since this was asked, for the workers to be told."""
+        gone, self._gone = self._gone, []
+        return gone
 
     def recipes(self) -> list[Recipe]:
         """What is here, least recently used first."""
@@ -170,6 +183,8 @@ class Residents:
             _, evicted = place.idle.popitem(last=False)
             self._taken.discard(evicted.id)
             self._evictions += 1
+            if form != "diagonal":  # their rows are taken within a step, by vLLM's own count
+                self._gone.append(evicted.recipe.digest)
         # Merges of the form `diagonal` are made within a step.
         return Resident(recipe, self._new_id(), form, ready=form == "diagonal")
 

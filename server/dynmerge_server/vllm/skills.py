@@ -4,7 +4,7 @@ import asyncio
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dynmerge.adapters.base_model import BaseModel
@@ -80,8 +80,10 @@ class Skills:
     def _inside(self, path: str) -> Path:
         """The adapter's folder, once nothing in it leads out of the root."""
         root = self._root.resolve()
-        folder = (root / path).resolve()
-        if not folder.is_relative_to(root) or not folder.is_dir():
+        folder = root
+        with suppress(ValueError):  # a null byte
+            folder = (root / path).resolve()
+        if folder == root or not folder.is_relative_to(root) or not folder.is_dir():
             raise AdapterError("lora_path is no folder within adapter_root")
         for each in folder.iterdir():
             if not each.resolve().is_relative_to(root):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynmerge.engines.vllm.ticket import ticket
+from dynmerge.errors import ConfigError
 from dynmerge_server.vllm.residents import Resident
 
 
@@ -41,11 +42,15 @@ class MergeRequests(Mapping[str, Any]):
         """`lora_request` is vLLM's class."""
         self._lora_request = lora_request
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is this turn's merge. To ask is not to use it."""
+        return _merge_of(TURN.get(), name) is not None
+
     def __getitem__(self, name: str) -> Any:
         """The LoRARequest of this turn's merge. Raises KeyError for any other name."""
         turn = TURN.get()
-        resident = turn.resident if turn else None
-        if turn is None or resident is None or name != resident.recipe.digest:
+        resident = _merge_of(turn, name)
+        if turn is None or resident is None:
             raise KeyError(name)
         turn.served = True
         return self._lora_request(
@@ -59,8 +64,19 @@ class MergeRequests(Mapping[str, Any]):
         return 0
 
 
+def _merge_of(turn: Turn | None, name: object) -> Resident | None:
+    resident = turn.resident if turn else None
+    return resident if resident and name == resident.recipe.digest else None
+
+
 def take_turns(models: Any, lora_request: Callable[..., Any]) -> None:
-    """Let vLLM's OpenAIServingModels find merges, and call them what their clients called them."""
+    """Let vLLM's OpenAIServingModels find merges, and call them what their clients called them.
+
+    Raises ConfigError on a vLLM where these are not looked up as dynmerge knows it.
+    """
+    for name in ("model_name", "lora_requests"):
+        if not hasattr(models, name):
+            raise ConfigError(f"vLLM's {type(models).__name__} has no {name}, which merges need")
     named = models.model_name
 
     def model_name(lora_request: Any = None) -> str:

@@ -7,9 +7,9 @@ keep the recipe they came with, which names its version.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dynmerge_server.vllm.served import Served
 from dynmerge_server.vllm.workers import Workers
 
 LOOK_EVERY = 1.0  # seconds
+AGAIN_AFTER = 30.0  # seconds
 
 logger = logging.getLogger("dynmerge.server")
 
@@ -33,9 +34,16 @@ class Versions:
     """
 
     def __init__(
-        self, folder: Path, workers: Workers, offer: Callable[[Outline], Served], client: int = 0
+        self,
+        folder: Path,
+        workers: Workers,
+        offer: Callable[[Outline], Served],
+        client: int = 0,
+        forget: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Serve the bank in `folder`; `offer` says how, `client` is this API process.
+
+        `forget` is told of each version that requests name no more.
 
         Raises BankError or ConfigError.
         """
@@ -43,10 +51,13 @@ class Versions:
         self.offer = offer
         self._workers = workers
         self._client = client
+        self._forget = forget
+        self._known: set[str] = set()
         self._stamp = self._look()
         self.served = offer(self._on_disk())
         self.switching: str | None = None
         self.failure: str | None = None
+        self._again = 0.0
         self._users: Counter[str] = Counter()
         self._one_at_a_time = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,15 +107,22 @@ class Versions:
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            logger.warning("the bank on disk is not served: %s", error)
+            logger.warning("dynmerge: %s", error)
 
     async def _watch(self) -> None:
         """Switch when somebody else wrote the folder; an idle process lets old versions go too."""
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            if self._look() != self._stamp:
-                with suppress(DynmergeError):  # said in the log and in `failure`
+            if self._look() != self._stamp or self._is_behind():
+                try:
                     await self.reload()
+                except Exception as error:  # whatever it was, the next look may go better
+                    self._again = time.monotonic() + AGAIN_AFTER
+                    logger.warning("the bank on disk is not served: %s", error)
+
+    def _is_behind(self) -> bool:
+        """Whether the last attempt failed long enough ago to try again."""
+        return self.failure is not None and time.monotonic() >= self._again
 
     async def _switch(self) -> None:
         async with self._one_at_a_time:
@@ -135,6 +153,9 @@ class Versions:
         digests = {self.outline.digest, *self._users}
         if self.switching is not None:
             digests.add(self.switching)
+        for digest in self._known - digests:
+            self._forget(digest)
+        self._known = digests
         await self._workers.ask("dynmerge_hold", self._client, sorted(digests))
 
     def _on_disk(self) -> Outline:

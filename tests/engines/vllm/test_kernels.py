@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynmerge.engines.vllm import kernels
-from dynmerge.engines.vllm.kernels import by_triton, gather_core_expand, gather_scale
+from dynmerge.engines.vllm.kernels import by_triton, gather_core_expand
 
 pytestmark = [
     pytest.mark.vllm,
@@ -215,17 +215,6 @@ def test_the_operator_does_to_its_arguments_what_its_schema_says(tokens: int) ->
     y, z, table, index, U = Case(tokens, "each").arguments()
     operator = torch.ops.dynmerge.gather_core_expand.default
     torch.library.opcheck(operator, (y, z, table, COLUMN, index, U, OFFSET))
-
-
-@pytest.mark.parametrize("name", INDICES)
-def test_gather_scale_scales_every_token_by_its_own_slots_weights(name: str) -> None:
-    _, z, table, index, _ = Case(17, name).arguments()
-    before = z.clone()
-    scaled = gather_scale(z, table, COLUMN, index)
-    for token, slot in enumerate(index.tolist()):
-        weights = table[slot, COLUMN : COLUMN + z.shape[1]]
-        assert torch.equal(scaled[token], before[token] * weights)
-    assert torch.equal(z, before)
 
 
 if __name__ == "__main__":

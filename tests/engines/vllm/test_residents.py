@@ -12,7 +12,7 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.engines.vllm.config import Slots
 from dynmerge.engines.vllm.forms import Form, form_of
 from dynmerge.engines.vllm.layer import Layer
-from dynmerge.engines.vllm.residents import Resident, check_fit, widths_of
+from dynmerge.engines.vllm.residents import ResidentBank, check_fit, widths_of
 from dynmerge.engines.vllm.steps import Run
 from dynmerge.errors import BankError
 from dynmerge.merging.choice import parse_method
@@ -62,15 +62,15 @@ def layers() -> list[Layer]:
     ]
 
 
-def resident(bank: FactorBank = BANK, spare: int = 0, of: Sequence[Layer] = ()) -> Resident:
+def resident(bank: FactorBank = BANK, spare: int = 0, of: Sequence[Layer] = ()) -> ResidentBank:
     places = list(of) or layers()
     widths = widths_of(bank, places, SLOTS.own_rank, spare)
-    made = Resident(places, widths, SLOTS, torch.float32, torch.device("cpu"))
+    made = ResidentBank(places, widths, SLOTS, torch.float32, torch.device("cpu"))
     made.load(bank)
     return made
 
 
-def write(made: Resident, row: int, weights: Mapping[str, float], method: str) -> Recipe:
+def write(made: ResidentBank, row: int, weights: Mapping[str, float], method: str) -> Recipe:
     """Make `row` of the method's table hold the merge."""
     assert made.bank is not None
     preference = Preference.of(weights, normalize=False, allow_negative=True)
@@ -83,24 +83,19 @@ def write(made: Resident, row: int, weights: Mapping[str, float], method: str) -
     return recipe
 
 
-def update(made: Resident, layer: Layer, form: Form, row: int) -> Tensor:
+def update(made: ResidentBank, layer: Layer, form: Form, row: int) -> Tensor:
     """(d_out, d_in): what a layer adds under a row, input by input."""
     x = torch.eye(layer.d_in)
     y = torch.zeros(layer.d_in, layer.spans[-1].stop)
-    parts, index = made.parts[layer.name], torch.full((layer.d_in,), row)
-    run = Run(0, layer.d_in, row)
-    if form == "diagonal":
-        parts.diagonal.add(x, y, index)
-    elif form == "core":
-        assert parts.core is not None
-        parts.core.add(x, y, [run], index)
-    else:
-        assert parts.own is not None
-        parts.own.add(x, y, [run])
+    part, index = made.parts[layer.name][form], torch.full((layer.d_in,), row)
+    part.add(x, y, index, [Run(0, layer.d_in, row)])
+    static = torch.zeros_like(y)
+    part.add(x, static, index, None)
+    assert_close(static, y)
     return y.mT
 
 
-def assert_holds(made: Resident, row: int, recipe: Recipe) -> None:
+def assert_holds(made: ResidentBank, row: int, recipe: Recipe) -> None:
     """The row is the merge, slice by slice, and nothing where no skill has a module."""
     assert made.bank is not None
     expected = written_out(made.bank, made.merger.merge(recipe))
@@ -114,7 +109,7 @@ def assert_holds(made: Resident, row: int, recipe: Recipe) -> None:
             assert_close(found[span] / size, wanted / size, rtol=0, atol=2e-6)
 
 
-def addresses(made: Resident) -> list[int]:
+def addresses(made: ResidentBank) -> list[int]:
     return [tensor.data_ptr() for tensor in made._tensors()]
 
 

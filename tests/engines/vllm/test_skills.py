@@ -71,6 +71,13 @@ def replace_a_skill(
     after = answers(llm, new, NEW, first=50)
     llm.collective_rpc("dynmerge_hold", args=(0, [new.digest]))
     left = llm.collective_rpc("dynmerge_stats")[0]["banks"]
+    # Back, and forth again: neither keeps its place for ever.
+    for bank in (old, new):
+        save_bank(bank, folder, source=str(base), replace=True)
+        llm.collective_rpc("dynmerge_hold", args=(0, [old.digest, new.digest]))
+        until_ready(llm, "dynmerge_load", str(folder), bank.digest)
+        llm.collective_rpc("dynmerge_hold", args=(0, [bank.digest]))
+    assert llm.collective_rpc("dynmerge_stats")[0]["banks"] == [new.digest]
     ids = list(late[0].outputs[0].token_ids)
     return [before, again, after], ids, [both, left]
 
@@ -106,11 +113,13 @@ def test_a_replaced_skill_speaks_anew_and_requests_in_flight_as_before(
     assert left == [new.digest]
 
 
-def refuse(base: Path, folder: Path, new: FactorBank, stranger: FactorBank) -> list[str]:
+def refuse(
+    base: Path, folder: Path, new: FactorBank, stranger: FactorBank, elsewhere: FactorBank
+) -> list[str]:
     """What is said to versions that cannot be served."""
     llm = engine(base, folder, {"static": True, "versions": 2})
     said = []
-    for bank in (stranger, new):
+    for bank in (stranger, new, elsewhere):
         save_bank(bank, folder, replace=True)
         state = {"state": "pending"}
         while state["state"] == "pending":
@@ -130,17 +139,20 @@ def _ticket(bank: FactorBank) -> str:
 
 def test_versions_that_cannot_be_served_are_refused_with_the_reason(
     wide_folder: Path,
-    wide_bank_folder: Path,
     wide_bank: FactorBank,
     wide_adapters: Mapping[str, Adapter],
     tmp_path: Path,
 ) -> None:
     base = BaseModel.open(wide_folder)
     folder = save_adapter(wide_folder, tmp_path / "eve", ADAPTERS["bob"], seed=7, size=SIZE)
-    grown = {**wide_adapters, "eve": load_adapter(folder, base)}
-    new = build_bank(BaseIdentity(base.name, base.fingerprint), grown)
+    identity = BaseIdentity(base.name, base.fingerprint)
+    few = {name: wide_adapters[name] for name in ("ada", "bob")}  # attention only
+    few_folder = tmp_path / "few"
+    save_bank(build_bank(identity, few), few_folder)
+    new = build_bank(identity, {**few, "eve": load_adapter(folder, base)})
     stranger = build_bank(BaseIdentity("tiny", "0" * 64), wide_adapters)
-    said = alone(refuse, wide_folder, wide_bank_folder, new, stranger)
+    said = alone(refuse, wide_folder, few_folder, new, stranger, wide_bank)
     assert "another base model" in said[0]
     assert "start it with spare_rank" in said[1]
-    assert "is not resident" in said[2]
+    assert "no skill changed model.layers.0.mlp" in said[2]
+    assert "is not resident" in said[3]

@@ -1,13 +1,11 @@
 """Runs against a loop over tokens."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmerge.engines.vllm.steps import NOWHERE, Assignment, Run, Singles, assign, joined
+from dynmerge.engines.vllm.steps import NOWHERE, Assignment, assign
 
 BASE = (0, -1)  # what vLLM says of a token of the base model, and of padding
 PLACES = {1: ("core", 0), 2: ("core", 2), 5: ("own", 0), 7: ("core", 0), 9: ("diagonal", 4)}
@@ -56,33 +54,6 @@ def test_runs_stand_in_the_order_of_tokens_and_end_where_the_merge_does(
             assert numbers[run.stop : run.stop + 1] != [numbers[run.start]]
         starts = [run.start for run in assignment.runs]
         assert starts == sorted(starts)
-
-
-@given(BATCHES)
-def test_joined_runs_cover_the_same_tokens_and_only_single_ones_are_joined(
-    numbers: list[int],
-) -> None:
-    for assignment in assign(numbers, PLACES).values():
-        pieces = joined(assignment.runs)
-        apart = [
-            Run(place, place + 1, int(assignment.index[place]))
-            for piece in pieces
-            if isinstance(piece, Singles)
-            for place in range(piece.start, piece.stop)
-        ]
-        kept = [piece for piece in pieces if isinstance(piece, Run)]
-        assert sorted([*apart, *kept], key=lambda run: run.start) == list(assignment.runs)
-        ends = [(piece.start, piece.stop) for piece in pieces]
-        assert ends == sorted(ends)
-        single = [isinstance(p, Singles) or p.stop - p.start == 1 for p in pieces]
-        for both, (one, other) in zip(pairwise(single), pairwise(ends), strict=True):
-            assert not (all(both) and one[1] == other[0])
-
-
-def test_a_decode_of_many_merges_is_one_piece_and_the_base_model_parts_it() -> None:
-    runs = assign([1, 2, 7, 0, 1, 2, 2, 1], PLACES)["core"].runs
-    assert joined(runs) == [Singles(0, 3), Run(4, 5, 0), Run(5, 7, 2), Run(7, 8, 0)]
-    assert joined([]) == []
 
 
 def test_a_batch_of_the_base_model_alone_needs_no_table() -> None:

@@ -51,7 +51,13 @@ def test_eight_preferences_and_the_base_model_share_a_batch(
     batches = [mixed(), several, mixed() + mixed("ties")[4:6] + mixed("knots-ties")[4:6]]
     options = {"max_loras": 24, "max_num_seqs": 32}
     found, stats = alone(
-        ask_batch, wide_folder, wide_bank_folder, wide_bank, batches, settings, options
+        ask_batch,
+        wide_folder,
+        wide_bank_folder,
+        wide_bank,
+        batches,
+        {"own_slots": 8, **settings},
+        options,
     )
     assert_right(found[0], wide_adapters, wide_bank, batches[0], EXACT)
     # These merges are larger than the skills: float32 rounds more.
@@ -68,7 +74,9 @@ def test_fewer_slots_than_preferences_evict_and_stay_right(
     wide_bank: FactorBank,
     wide_adapters: Mapping[str, Adapter],
 ) -> None:
-    batches = [mixed(), mixed()[::-1]]
+    others = mixed("tsv-m")[:4] + mixed("knots-ties")[:4]
+    # One at a time of the forms that have one slot; the first of each is evicted and comes again.
+    batches = [mixed(), mixed()[::-1], *([each] for each in [*others, *others[::4]])]
     settings = {"core_slots": 1, "own_slots": 1}
     found, stats = alone(
         ask_batch,
@@ -80,11 +88,15 @@ def test_fewer_slots_than_preferences_evict_and_stay_right(
         {"max_loras": 3},
     )
     for asks, given in zip(batches, found, strict=True):
-        assert_right(given, wide_adapters, wide_bank, asks, EXACT)
+        tolerance = EXACT if asks[0].method == "linear" else 5 * EXACT
+        assert_right(given, wide_adapters, wide_bank, asks, tolerance)
     assert stats[0]["slots"]["diagonal"] == [3, 3]
+    assert stats[0]["merges"] > len(others)  # some were made again
 
 
+@pytest.mark.parametrize("settings", [{}, {"static": True}], ids=["planned", "static"])
 def test_two_tensor_parallel_ranks_give_the_same(
+    settings: Mapping[str, object],
     wide_folder: Path,
     wide_bank_folder: Path,
     wide_bank: FactorBank,
@@ -98,16 +110,24 @@ def test_two_tensor_parallel_ranks_give_the_same(
     assert len(stats) == 2
 
 
-def base_beside_full_slots(base: Path, bank: Path, loaded: FactorBank) -> list[Answer]:
-    llm = engine(base, bank, {}, max_loras=2)
-    asks = mixed()
-    return [answers(llm, loaded, [asks[8]])[0], answers(llm, loaded, [*asks[:2], asks[8]])[2]]
+def base_beside_full_slots(
+    base: Path, bank: Path, loaded: FactorBank, asks: list[Ask], settings: Mapping[str, object]
+) -> list[Answer]:
+    llm = engine(base, bank, settings, max_loras=3)
+    alike = [Ask(ask.prompt) for ask in asks]  # so that the batch has the same shape
+    return [answers(llm, loaded, alike)[-1], answers(llm, loaded, asks)[-1]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"static": True}], ids=["planned", "static"])
 def test_a_base_request_beside_full_slots_is_exactly_the_base_model(
-    wide_folder: Path, wide_bank_folder: Path, wide_bank: FactorBank
+    settings: Mapping[str, object],
+    wide_folder: Path,
+    wide_bank_folder: Path,
+    wide_bank: FactorBank,
 ) -> None:
-    before, beside = alone(base_beside_full_slots, wide_folder, wide_bank_folder, wide_bank)
-    assert beside.ids == before.ids
-    # Another batch is another order of sums in the base model's own products.
-    assert beside.logprobs == pytest.approx(before.logprobs, abs=2e-6)
+    asks = [*mixed()[:1], *mixed("tsv-m")[4:5], *mixed("knots-ties")[4:5], *mixed()[8:]]
+    slots = {"core_slots": 1, "own_slots": 1, **settings}
+    before, beside = alone(
+        base_beside_full_slots, wide_folder, wide_bank_folder, wide_bank, asks, slots
+    )
+    assert beside == before

@@ -43,9 +43,10 @@ def door(bank_folder: Path, vllm: EchoClient) -> Door:
     workers = Workers(vllm, Dead)
     config = ServerConfig(presets=PRESETS)
     terms = Terms(config, ("random", "alias"), 512, ROOM, own_rank=9)
-    versions = Versions(bank_folder, workers, partial(Served.of, terms=terms))
+    residents, offer = Residents(ROOM), partial(Served.of, terms=terms)
+    versions = Versions(bank_folder, workers, offer, forget=residents.forget)
     registry = CollectorRegistry()
-    return Door(versions, Residents(ROOM), workers, Metrics("random", registry), None)
+    return Door(versions, residents, workers, Metrics("random", registry), None)
 
 
 @pytest.fixture

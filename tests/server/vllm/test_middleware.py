@@ -85,6 +85,19 @@ async def test_header_over_body_over_model(client: httpx.AsyncClient) -> None:
         assert (block["source"], block["text"]) == (source, text)
 
 
+@pytest.mark.parametrize("root", ["", "/", "/models", "/models/", "/v"])
+async def test_a_merge_is_given_whatever_a_proxy_puts_before_the_path(
+    server: EchoServer, root: str
+) -> None:
+    transport = httpx.ASGITransport(app=server.app, root_path=root)
+    async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+        for path in {PATH, f"{root.rstrip('/')}{PATH}"}:
+            reply = await client.post(path, json={"model": "ada"})
+            if reply.status_code == 200:
+                assert "dynmerge" in reply.json()
+        assert server.merges
+
+
 async def test_sagemaker_names_the_model_in_a_header(
     client: httpx.AsyncClient, server: EchoServer
 ) -> None:

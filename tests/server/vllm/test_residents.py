@@ -133,3 +133,15 @@ async def test_an_evicted_merge_is_not_known_to_be_ready_any_more() -> None:
     residents.unpin(first)
     residents.unpin(await residents.pin(recipe("ada", "tsv-m")))
     assert not (await residents.pin(wanted)).ready
+
+
+async def test_what_left_is_told_once_and_a_forgotten_bank_leaves_nothing() -> None:
+    residents = Residents(ROOM)
+    for text in ("ada", "bob", "cyd"):
+        residents.unpin(await residents.pin(recipe(text, "tsv-m")))
+    left = [recipe(text, "tsv-m").digest for text in ("ada", "bob")]
+    assert (residents.gone(), residents.gone()) == (left, [])
+    running = await residents.pin(recipe("dee", "knots-ties"))
+    running.ready = True
+    residents.forget("b" * 64)
+    assert (residents.recipes(), running.ready) == ([running.recipe], False)

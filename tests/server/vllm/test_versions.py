@@ -81,6 +81,40 @@ async def test_a_switch_that_fails_leaves_the_old_one_serving(
     assert (await client.post("/v1/bank/reload")).status_code == 200
 
 
+async def test_what_workers_forgot_with_a_version_is_prepared_again(
+    client: httpx.AsyncClient, vllm: EchoClient, bank_folder: Path
+) -> None:
+    body = {"model": "random@ada,bob", "method": "tsv-m"}
+    assert (await client.post(PATH, json=body)).json()["dynmerge"]["cache"] == "stored"
+    for bank in (bigger(), random_bank()):
+        save_bank(bank, bank_folder, replace=True)
+        assert (await client.post("/v1/bank/reload")).status_code == 200
+    before = vllm.count("dynmerge_prepare")
+    assert (await client.post(PATH, json=body)).json()["dynmerge"]["cache"] == "stored"
+    assert vllm.count("dynmerge_prepare") == before + 1
+
+
+async def test_a_switch_that_failed_is_tried_again(
+    client: httpx.AsyncClient,
+    vllm: EchoClient,
+    bank_folder: Path,
+    door: Door,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(module, "AGAIN_AFTER", 0.01)
+    await door.versions.open()
+    vllm.failing = "2 versions of the bank are in use"
+    save_bank(bigger(), bank_folder, replace=True)
+    while door.versions.failure is None:
+        await asyncio.sleep(0.01)
+    vllm.failing = ""
+    while door.versions.outline.digest != bigger().digest:
+        await asyncio.sleep(0.01)
+    assert door.versions.failure is None
+    door.versions.close()
+
+
 @pytest.mark.parametrize("kind", ["another base", "a preset's skill is gone", "cut off"])
 async def test_a_bank_that_cannot_be_served_is_never_loaded(
     client: httpx.AsyncClient, vllm: EchoClient, bank_folder: Path, kind: str
