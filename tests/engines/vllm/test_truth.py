@@ -104,7 +104,10 @@ def test_two_tensor_parallel_ranks_give_the_same(
 ) -> None:
     batches = [mixed(), mixed("tsv-m"), mixed("knots-ties")]
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    found, stats = alone(ask_batch, wide_folder, wide_bank_folder, wide_bank, batches, {}, options)
+    slots = {"own_slots": 8, **settings}
+    found, stats = alone(
+        ask_batch, wide_folder, wide_bank_folder, wide_bank, batches, slots, options
+    )
     for asks, given, tolerance in zip(batches, found, (1, 5, 5), strict=True):
         assert_right(given, wide_adapters, wide_bank, asks, tolerance * EXACT)
     assert len(stats) == 2
