@@ -14,7 +14,8 @@ from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.bank.storage import save_bank
 from dynmerge.cli import main
-from dynmerge.cli.serve_vllm import CONTROL, MAX_LORAS, Wanted, command, environment, shown
+from dynmerge.cli.serve_vllm import MAX_LORAS, Wanted, command, environment, shown
+from dynmerge.engines.vllm.config import CONTROL
 from dynmerge.errors import BaseModelError, ConfigError
 from tests.bank_factory import random_adapters
 

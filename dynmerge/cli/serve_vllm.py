@@ -14,12 +14,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from dynmerge.bank.storage import read_manifest
-from dynmerge.engines.vllm.config import KEY
+from dynmerge.engines.vllm.config import CONTROL, KEY
 from dynmerge.errors import BaseModelError, ConfigError
 from dynmerge_server.config import API_KEY_VARIABLE, ServerConfig, is_loopback
 from dynmerge_server.vllm.settings import read_settings
 
-CONTROL = "dynmerge.engines.vllm.control.Control"
 ADDITIONAL = "--additional-config"
 PLUGINS, VLLM_KEY = "VLLM_PLUGINS", "VLLM_API_KEY"
 GROUPS = (

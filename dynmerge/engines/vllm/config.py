@@ -14,6 +14,7 @@ from dynmerge.engines.vllm.forms import Form
 from dynmerge.errors import ConfigError
 
 KEY = "dynmerge"
+CONTROL = "dynmerge.engines.vllm.control.Control"  # the worker extension
 BUDGET = 1 << 30  # bytes that the slots of a form may take where nobody says how many there are
 MOST_OWN = 2
 # vLLM itself lets no step have more merges than --max-loras; it knows nothing of the other forms.

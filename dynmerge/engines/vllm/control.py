@@ -8,8 +8,6 @@ from dynmerge.engines.vllm.assembly import Status
 from dynmerge.engines.vllm.worker import Tenancy
 from dynmerge.errors import ConfigError
 
-NAME = f"{__name__}.Control"
-
 
 class Control:
     """Given to vLLM as `--worker-extension-cls`. Every method answers at once."""

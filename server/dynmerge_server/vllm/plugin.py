@@ -12,7 +12,7 @@ from typing import Any
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import read_manifest
-from dynmerge.engines.vllm.config import KEY, PluginConfig
+from dynmerge.engines.vllm.config import CONTROL, KEY, PluginConfig
 from dynmerge.engines.vllm.forms import FORMS, Form
 from dynmerge.engines.vllm.logs import speak_as_vllm
 from dynmerge.errors import ConfigError, DynmergeError
@@ -78,14 +78,12 @@ def _check(vllm_config: Any, args: Namespace) -> None:
     """Raise ConfigError where vLLM was started so that merges could not be served."""
     from vllm import envs
 
-    from dynmerge.engines.vllm import control
-
     if vllm_config.lora_config is None:
         raise ConfigError("merges run where vLLM has LoRA: give it --enable-lora")
     extension = vllm_config.parallel_config.worker_extension_cls
-    if extension != control.NAME:
+    if extension != CONTROL:
         given = f"not {extension}" if extension else "which is missing"
-        raise ConfigError(f"the workers need --worker-extension-cls {control.NAME}, {given}")
+        raise ConfigError(f"the workers need --worker-extension-cls {CONTROL}, {given}")
     root = args.root_path or ""
     if root and ("/v1/".startswith(root) or not root.startswith("/") or root.endswith("/")):
         # vLLM's own check of API keys takes such a root off the front of other paths too.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dynmerge.engines.vllm.config import CONTROL
 from dynmerge.errors import ConfigError
 from dynmerge_server.vllm.plugin import Plugin, make
 from tests.server.vllm.stand_ins import EchoClient
@@ -13,7 +14,6 @@ from tests.server.vllm.stand_ins import EchoClient
 # vLLM and what it imports warn of their own dependencies.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
-CONTROL = "dynmerge.engines.vllm.control.Control"
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 
@@ -26,7 +26,7 @@ def configured(base: Path, bank: Path | None, **more: Any) -> tuple[EchoClient, 
     engine_args = AsyncEngineArgs(model=str(base), max_model_len=256, **{**given, **more})
     client = EchoClient()
     client.vllm_config = engine_args.create_engine_config()
-    return client, Namespace(lora_modules=None, api_key=None)
+    return client, Namespace(root_path=None, lora_modules=None, api_key=None)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -57,6 +57,16 @@ async def test_vllms_own_adapters_are_refused(
     args.lora_modules = None
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        await Plugin().init_state(client, Namespace(), args)
+
+
+@pytest.mark.parametrize("root", ["/", "/v", "/v1", "models", "/models/"])
+async def test_a_root_that_opens_vllms_own_door_is_refused(
+    base_folder: Path, bank_folder: Path, root: str
+) -> None:
+    client, args = configured(base_folder, bank_folder)
+    args.root_path = root
+    with pytest.raises(ConfigError, match="--root-path"):
         await Plugin().init_state(client, Namespace(), args)
 
 
