@@ -56,7 +56,7 @@ def choices(draw: st.DrawFn, merger: str) -> MethodChoice:
     if given.get("space", "core") != "full":  # elsewhere a rank is refused
         given.pop("rank", None)
     if {"density", "epsilon"} & set(given) and merger == "della":
-        given.update(density=0.5)
+        given.update(density=0.5, epsilon=min(given.get("epsilon", 0.07), 0.4))
     return choose("+".join(parts), given, "test")
 
 
