@@ -9,6 +9,8 @@ DynmergeError
 ├── AdapterError        an adapter the gate refuses, with the reason
 ├── BaseModelError      a base model missing, unreadable or of an unsupported kind
 ├── BankError           a bank missing, truncated, edited or for another base model
+├── ExamplesError       examples missing, unreadable or unfit for what is asked of them
+├── CalibrationError    nothing to learn, or nothing learned that is better than the start
 ├── ConfigError         an unknown key in a configuration, or a value out of range
 ├── Overloaded          the queue or the merge cache is full; worth trying again
 │   └── Abandoned       a merge that nobody waited for any more
@@ -54,6 +56,14 @@ class BaseModelError(DynmergeError):
 
 class BankError(DynmergeError):
     """A bank that is missing, truncated, edited, or made for another base model."""
+
+
+class ExamplesError(DynmergeError):
+    """Examples of a skill that are missing, unreadable, or unfit for what is asked of them."""
+
+
+class CalibrationError(DynmergeError):
+    """A calibration of what learns nothing, or one that is no better than what it began with."""
 
 
 class ConfigError(DynmergeError):

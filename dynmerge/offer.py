@@ -10,7 +10,7 @@ from dynmerge.bank.outline import Outline
 from dynmerge.errors import MethodError
 from dynmerge.merging.choice import HEADER as METHOD_HEADER
 from dynmerge.merging.choice import default_method
-from dynmerge.merging.demands import check_bank
+from dynmerge.merging.demands import check_bank, check_preference
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -40,11 +40,12 @@ class Offer:
         """The recipe of a request.
 
         Raises PreferenceError on a skill the bank does not have, MethodError on a method that needs
-        what the bank does not carry, or whose merge would never fit.
+        what the bank does not carry, does not serve the preference, or whose merge would never fit.
         """
         preference.require(self.skills, source)
         chosen = method or default_method()
         check_bank(chosen, self.outline, method_source)
+        check_preference(chosen, preference, self.outline, method_source)
         recipe = Recipe(preference, chosen, self.outline.digest)
         reason = self.refusal(recipe)
         if reason is not None:

@@ -1,13 +1,15 @@
 """Random adapters and banks for tests that need no model: different ranks, disjoint modules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
-from dynmerge.bank.bank import BaseIdentity, FactorBank
+from dynmerge.bank.bank import BaseIdentity, FactorBank, ModuleFactors
 from dynmerge.bank.build import build_bank
+from dynmerge.bank.calibration import Calibration
 
 BASE = BaseIdentity("random", "0" * 64)
 SHAPES = {
@@ -56,4 +58,50 @@ def flat_cores(bank: FactorBank) -> torch.Tensor:
             torch.cat([module.core(task).flatten() for module in bank.modules])
             for task in range(len(bank.tasks))
         ]
+    )
+
+
+def random_calibration(
+    bank: FactorBank,
+    method: str,
+    shapes: Callable[[ModuleFactors], Mapping[str, tuple[int, ...]]],
+    form: str = "ratio",
+    shared: Mapping[str, torch.Tensor] | None = None,
+) -> Calibration:
+    """Gaussian tensors of these shapes in every module, and what all modules share."""
+    generator = torch.Generator().manual_seed(len(method))
+    tensors = {f".{label}": tensor for label, tensor in (shared or {}).items()}
+    for module in bank.modules:
+        for label, shape in shapes(module).items():
+            tensors[f"{module.name}.{label}"] = torch.randn(shape, generator=generator)
+    return Calibration(method, form, bank.factors_digest, tensors, {"seed": len(method)})
+
+
+def random_calibrations(bank: FactorBank) -> tuple[Calibration, ...]:
+    """One for every method that reads one, sorted by method."""
+    tasks = len(bank.tasks)
+    pairs = tasks * (tasks - 1) // 2
+
+    def moments(module: ModuleFactors) -> dict[str, tuple[int, ...]]:
+        q = module.core_shape[1]
+        return {"moments": (tasks, q, q)}
+
+    regmean = random_calibration(bank, "regmean", moments, "closed")
+    # Full rank and far from equal, as second moments of some texts.
+    squares = {name: G @ G.mT for name, G in regmean.tensors.items()}
+    return (
+        random_calibration(bank, "adamerging", lambda module: {"ratio": (tasks, tasks)}),
+        random_calibration(
+            bank,
+            "core",
+            lambda module: {"ratio": (tasks, tasks), "tables": (pairs, *module.core_shape)},
+        ),
+        replace(regmean, tensors=squares),
+        random_calibration(
+            bank, "tara-a", lambda module: {"bubbles": (pairs, sum(module.ranks))}, "bubbles"
+        ),
+        random_calibration(
+            bank, "tara-b", lambda module: {"ratio": (tasks, tasks * module.core_shape[0])}
+        ),
+        Calibration("tuned", "norm", bank.factors_digest, {".p": torch.tensor(3.5)}),
     )

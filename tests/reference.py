@@ -81,14 +81,17 @@ def merged_by(
     draws: Draws | None = None,
     starts: Starts | None = None,
     soups: Mapping[str, Mapping[str, float]] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+    form: str = "",
     bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Module name -> dense merge (d_out, d_in) by `[pico+]METHOD[+svc]`, zero where nothing is.
 
     `adapters` are all skills of the bank. `parameters` holds every parameter of every part.
     `draws(skill, module, shape)` are uniform numbers, `starts(module, units, clusters)` the units
-    that k-means starts from, `soups` the learned weights, module -> skill -> weight. `bases` are
-    module -> (U, V) to use instead of its own, for what depends on their arbitrary signs.
+    that k-means starts from, `soups` the learned weights, module -> skill -> weight. `learned` are
+    a calibration's tensors by MODULE.LABEL, of this `form`. `bases` are module -> (U, V) to use
+    instead of its own, for what depends on their arbitrary signs.
     """
     parts = method.split("+")
     pico, calibrated = parts[0] == "pico", parts[-1] == "svc"
@@ -115,6 +118,18 @@ def merged_by(
                 bases=bases,
                 starts=starts,
                 soups=soups,
+            )
+            if plain not in CALIBRATED
+            else calibrated_layer(
+                plain,
+                module,
+                tasks[module],
+                a,
+                adapters=adapters,
+                learned=learned or {},
+                form=form,
+                parameters=parameters,
+                bases=bases[module],
             )
             for module in tasks
             if tasks[module]
@@ -659,3 +674,245 @@ def svc(
             eta += a[skill] * max(floor, s) / total
         calibrated = calibrated + sigma[r] / eta * torch.outer(u, Q[:, r])
     return calibrated
+
+
+# --- examples
+
+
+def last_predictions(model: nn.Module, tokens: Sequence[int], count: int) -> Tensor:
+    """(count, vocabulary): the plain model on one row: no padding, no cache, nothing shared."""
+    logits: Tensor = model(torch.tensor([list(tokens)])).logits[0]
+    return logits[len(tokens) - count :]
+
+
+def layer_inputs(model: nn.Module, name: str, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What one layer reads, (tokens, d_in) float64 per text: each text alone, nothing padded."""
+    seen: list[Tensor] = []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0][0].double()))
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=torch.tensor([list(text)]))
+    hook.remove()
+    return seen
+
+
+def osrm_second_moment(others: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Sum over the other tasks of their average of h h^T over tokens; a task is a list of texts."""
+    S = torch.zeros(others[0][0].shape[1], others[0][0].shape[1], dtype=torch.float64)
+    for task in others:
+        tokens = [h for text in task for h in text]
+        for h in tokens:
+            S = S + torch.outer(h, h) / len(tokens)
+    return S
+
+
+def osrm_cov(others: Sequence[Sequence[Tensor]], rank: int) -> Tensor:
+    """argmin of trace(A S A^T), A A^T = I (Zhang & Zhou 2025), by SVD of the tokens themselves."""
+    stacked = torch.cat([torch.cat(list(task)) / math.sqrt(sum(map(len, task))) for task in others])
+    return torch.linalg.svd(stacked, full_matrices=True)[2][-rank:]
+
+
+def osrm_mean(others: Sequence[Sequence[Tensor]], rank: int) -> Tensor:
+    """The released code: texts' averages added up, over n - 1; the last right singular vectors."""
+    means = []
+    for task in others:
+        total = sum((text.mean(0) for text in task), torch.zeros_like(task[0][0]))
+        means.append(total / (len(task) - 1))
+    return torch.linalg.svd(torch.stack(means), full_matrices=True)[2][-rank:]
+
+
+# --- diagnostics (Pico's and TARA's)
+
+
+def spectrum(matrix: Tensor) -> dict[str, float]:
+    """norm, omax, effective rank, stable rank and condition number of a dense matrix."""
+    sigma = [float(value) for value in torch.linalg.svdvals(matrix.double()) if value > 1e-6]
+    energy = sum(value**2 for value in sigma)
+    return {
+        "norm": math.sqrt(energy),
+        "omax": max(sigma) ** 2 / energy,
+        "effective_rank": effective_rank(matrix),
+        "stable_rank": energy / max(sigma) ** 2,
+        "condition": max(sigma) / min(sigma),
+    }
+
+
+def stacked_effective_rank(matrices: Sequence[Tensor]) -> float:
+    """The effective rank of matrices written as the rows of one."""
+    return effective_rank(torch.stack([matrix.flatten() for matrix in matrices]))
+
+
+def rank_one_directions(B: Tensor, A: Tensor) -> list[Tensor]:
+    """b_k a_k^T for every k."""
+    return [torch.outer(B[:, k], A[k]).double() for k in range(B.shape[1])]
+
+
+def finite_jacobian(
+    objectives: Sequence[Callable[[Tensor], float]],
+    phi: Tensor,
+    directions: Sequence[int],
+    step: float,
+) -> Tensor:
+    """d f_i / d phi_k by central differences, (objectives, directions)."""
+    J = torch.zeros(len(objectives), len(directions), dtype=torch.float64)
+    for place, k in enumerate(directions):
+        more, less = phi.clone(), phi.clone()
+        more[k], less[k] = phi[k] + step, phi[k] - step
+        for i, f in enumerate(objectives):
+            J[i, place] = (f(more) - f(less)) / (2 * step)
+    return J
+
+
+def sensitivity_misalignment(J: Tensor, rho: Sequence[float], other: Sequence[float]) -> float:
+    """1 - |cos(h, h')|, h = sum_i rho_i grad f_i."""
+    h = sum(share * row for share, row in zip(rho, J, strict=True))
+    g = sum(share * row for share, row in zip(other, J, strict=True))
+    return 1 - abs(float(h @ g) / (float(h.norm()) * float(g.norm())))
+
+
+def accuracy_and_nats(
+    model: nn.Module, passages: Iterable[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[float, float]:
+    """Share of right tokens and mean -log p, of passages (tokens read, tokens that follow)."""
+    right, nats, count = 0, 0.0, 0
+    for tokens, targets in passages:
+        for logits, target in zip(
+            last_predictions(model, tokens, len(targets)), targets, strict=True
+        ):
+            p = torch.exp(logits.double()) / torch.exp(logits.double()).sum()
+            right += int(logits.argmax()) == target
+            nats -= math.log(float(p[target]))
+            count += 1
+    return right / count, nats / count
+
+
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The volume of the union of the boxes from `reference` to each point, inclusion-exclusion."""
+    volume = 0.0
+    for chosen in range(1, 2 ** len(points)):
+        corners = [point for n, point in enumerate(points) if chosen >> n & 1]
+        sides = [
+            max(0.0, min(corner[i] for corner in corners) - reference[i])
+            for i in range(len(reference))
+        ]
+        volume += (-1) ** (len(corners) + 1) * math.prod(sides)
+    return volume
+
+
+# --- methods of what a bank carries, one module, one skill and one coefficient at a time
+
+CALIBRATED = ("tuned", "adamerging", "tara-a", "tara-b", "core", "regmean")
+
+
+def calibrated_layer(
+    method: str,
+    module: str,
+    tasks: Mapping[str, Task],
+    a: Mapping[str, float],
+    *,
+    adapters: Mapping[str, Adapter],
+    learned: Mapping[str, Tensor],
+    form: str,
+    parameters: Mapping[str, float | str],
+    bases: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The merge (d_out, d_in) of one module's tasks under a calibration, before scale.
+
+    At rho = a / sum a over all `adapters`, times sum a; `learned` are tensors by MODULE.LABEL.
+    """
+    everyone, (U, V) = sorted(adapters), bases
+    rho = [a.get(skill, 0.0) / sum(a.values()) for skill in everyone]
+    own = {
+        name.removeprefix(f"{module}."): tensor.double()
+        for name, tensor in learned.items()
+        if name.startswith(f"{module}.")
+    }
+    X = {skill: update_of(task) for skill, task in tasks.items()}
+    if method == "tuned":
+        return weighted_sum(X, kept_norm(a, float(learned[".p"])))
+    W = torch.zeros(len(U), len(V), dtype=torch.float64)
+    if method == "tara-a":
+        k = 0
+        for i, skill in enumerate(everyone):
+            update = adapters[skill].modules.get(module)
+            for j in range(0 if update is None else update.rank):
+                if skill in tasks:
+                    B, A = tasks[skill]
+                    W = W + coefficient(form, own, k, i, rho) * torch.outer(B[:, j], A[j])
+                k += 1
+    elif method == "tara-b":
+        u, R = joint_left_vectors(adapters, module), U.shape[1]
+        for skill, update in X.items():
+            i = everyone.index(skill)
+            for k in range(u.shape[1]):
+                phi = coefficient(form, own, i * R + k, i, rho)
+                W = W + phi * torch.outer(u[:, k], u[:, k] @ update)
+    elif method == "regmean":
+        W = regmean_layer(X, dict(zip(everyone, rho, strict=True)), own["moments"], V, parameters)
+    else:
+        assert method in ("adamerging", "core"), method
+        for skill, update in X.items():
+            i = everyone.index(skill)
+            W = W + coefficient(form, own, i, i, rho) * update
+        for f, (j, k) in enumerate(pairs_of(rho) if method == "core" else ()):
+            W = W + math.sqrt(rho[j] * rho[k]) * U @ own["tables"][f] @ V.mT
+    return sum(a.values()) * W
+
+
+def pairs_of(tasks: Sequence[object]) -> list[tuple[int, int]]:
+    """(0, 1), (0, 2), .., (1, 2), ..: every pair of tasks once."""
+    return [(j, k) for j in range(len(tasks)) for k in range(j + 1, len(tasks))]
+
+
+def coefficient(
+    form: str, tables: Mapping[str, Tensor], place: int, owner: int, rho: Sequence[float]
+) -> float:
+    """The coefficient at `place`, of the task `owner`, at a preference: dynmerge's own forms."""
+    if form == "fixed":
+        return float(tables["fixed"][place])
+    if rho[owner] == 0:
+        return 0.0
+    if form == "ratio":
+        minded = rho[owner]
+        for task, share in enumerate(rho):
+            if task != owner:
+                minded += share * math.exp(float(tables["ratio"][task, place]))
+        return rho[owner] / minded
+    assert form == "bubbles", form
+    norm = sum(math.sqrt(share) ** 4 for share in rho) ** (1 / 4)
+    phi = math.sqrt(rho[owner]) / norm
+    for f, (j, k) in enumerate(pairs_of(rho)):
+        phi += math.sqrt(rho[j] * rho[k]) * float(tables["bubbles"][f, place])
+    return phi
+
+
+def joint_left_vectors(adapters: Mapping[str, Adapter], module: str) -> Tensor:
+    """(d_out, k): left singular vectors of the dense [Delta_1 .. Delta_N] (TARA's variant B)."""
+    having = [name for name in sorted(adapters) if module in adapters[name].modules]
+    u, _, _ = real_svd(torch.cat([delta(adapters[name], module) for name in having], dim=1))
+    return u
+
+
+def regmean_layer(
+    X: Mapping[str, Tensor],
+    rho: Mapping[str, float],
+    moments: Tensor,
+    V: Tensor,
+    parameters: Mapping[str, float | str],
+) -> Tensor:
+    """argmin_W sum_i rho_i E ||(W - X_i) x_i||^2, E x x^T = V (S_i + eps_i I) V^T.
+
+    eps_i is `ridge` times S_i's mean eigenvalue. A skill without an update here has X_i = 0. Jin et
+    al. 2023, arXiv:2212.09849, over what the shared basis V sees.
+    """
+    q = V.shape[1]
+    wanted = torch.zeros(next(iter(X.values())).shape[0], len(V), dtype=torch.float64)
+    pooled = torch.zeros(len(V), len(V), dtype=torch.float64)
+    for S, (skill, share) in zip(moments, rho.items(), strict=True):
+        eps = float(parameters["ridge"]) * float(S.trace()) / q
+        H = V @ (S + eps * torch.eye(q, dtype=torch.float64)) @ V.mT
+        pooled = pooled + share * H
+        if skill in X:
+            wanted = wanted + share * X[skill] @ H
+    return wanted @ torch.linalg.pinv(pooled, rtol=1e-12)

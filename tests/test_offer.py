@@ -1,28 +1,94 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.build import with_soups
+from dynmerge.bank.edit import with_calibration
 from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import save_bank
 from dynmerge.errors import MethodError, PreferenceError
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.demands import outside_bytes, outside_rank
+from dynmerge.merging.methods import METHODS
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
-from tests.bank_factory import random_bank
+from tests.bank_factory import random_bank, random_calibration, random_calibrations
 
 
 @pytest.mark.parametrize("soups", [False, True])
-def test_a_banks_outline_is_that_of_its_manifest(tmp_path: Path, soups: bool) -> None:
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_banks_outline_is_that_of_its_manifest(
+    tmp_path: Path, soups: bool, calibrated: bool
+) -> None:
     bank = random_bank()
     if soups:
         names = [module.name for module in bank.modules]
         bank = with_soups(bank, {name: dict.fromkeys(bank.names, 1.0) for name in names})
+    if calibrated:
+        bank = fixed(replace(bank, calibrations=random_calibrations(bank)))
     outline = Outline.of_bank(bank)
     assert outline == Outline.of_manifest(save_bank(bank, tmp_path / "bank"))
     assert (outline.digest, outline.has_soups) == (bank.digest, soups)
+    assert outline.carries == bank.carries
+    assert outline.fixed_at == ({"tara-a": (0.5, 0.25, 0.25)} if calibrated else {})
+
+
+def fixed(bank: FactorBank) -> FactorBank:
+    """The bank with a tara-a that serves one preference only."""
+    shared = {"at": torch.tensor([0.5, 0.25, 0.25])}
+    return with_calibration(
+        bank,
+        random_calibration(
+            bank, "tara-a", lambda module: {"fixed": (sum(module.ranks),)}, "fixed", shared
+        ),
+    )
+
+
+def test_a_method_that_the_bank_carries_nothing_for_is_refused_with_how_to_get_it() -> None:
+    bank = random_bank()
+    offer = Offer(Outline.of_bank(bank))
+    for name, row in METHODS.items():
+        if row.needs is None:
+            assert offer.recipe(Preference.parse("ada"), parse_method(name)).bank == bank.digest
+            continue
+        how = "build --soup-weights puts" if row.needs == "soups" else f"BANK --method {name} makes"
+        for text in (name, f"pico+{name}", f"{name}+svc"):
+            with pytest.raises(MethodError, match=f"^body: {name} needs .*{how}") as caught:
+                offer.recipe(
+                    Preference.parse("ada"), parse_method(text), "preference", method_source="body"
+                )
+            assert caught.value.param == "body"
+    full = Offer(Outline.of_bank(replace(bank, calibrations=random_calibrations(bank))))
+    assert full.recipe(Preference.parse("ada"), parse_method("tara-b")).method.name == "tara-b"
+
+
+def test_tables_of_pairs_take_no_negative_weight() -> None:
+    bank = random_bank()
+    offer = Offer(Outline.of_bank(replace(bank, calibrations=random_calibrations(bank))))
+    negative = Preference.parse("ada=1.5, bob=-0.5;raw", allow_negative=True)
+    for text in ("core", "pico+core"):
+        with pytest.raises(MethodError, match=r"^body: core takes no negative weight") as caught:
+            offer.recipe(negative, parse_method(text), method_source="body")
+        assert caught.value.param == "body"
+    offer.recipe(negative, parse_method("tara-b"))
+    offer.recipe(Preference.parse("ada=1.5, bob=0.5;raw"), parse_method("core"))
+    offer.recipe(Preference.base_model(), parse_method("core"))
+
+
+def test_what_was_found_for_one_preference_serves_no_other() -> None:
+    offer = Offer(Outline.of_bank(fixed(random_bank())))
+    method = parse_method("tara-a")
+    for same in ("ada=2, bob=1, cyd=1", "ada=1, bob=-0.5, cyd=0.5;raw", "base=1"):
+        offer.recipe(Preference.parse(same, allow_negative=True), method)
+    offer.recipe(Preference.parse("ada=0.5, bob=0.251, cyd=0.249"), method)
+    only = "calibrated for one preference in this bank, ada=0.5, bob=0.25, cyd=0.25$"
+    for other in ("ada", "ada, bob, cyd", "ada=0.502, bob=0.249, cyd=0.249"):
+        with pytest.raises(MethodError, match=f"^body: tara-a is {only}"):
+            offer.recipe(Preference.parse(other), method, method_source="body")
 
 
 def test_an_offer_gives_the_recipe_or_the_reason() -> None:

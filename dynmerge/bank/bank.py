@@ -9,17 +9,20 @@ is M_i = left_i right_i, and Δ_i = U M_i V^T without loss. Knows no files, pref
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from dynmerge.bank.calibration import Calibration
 from dynmerge.errors import BankError
 
 FORMAT = 2
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +146,14 @@ class FactorBank:
     """Every task's factors in shared bases, float32, on one device; immutable, named by its digest.
 
     Tasks are sorted by name and modules by `module_order`, so that the order in which adapters were
-    given does not matter.
+    given does not matter. Beside the factors it carries what was learned for them: at most one
+    calibration for each method.
     """
 
     base: BaseIdentity
     tasks: tuple[Task, ...]
     modules: tuple[ModuleFactors, ...]
+    calibrations: tuple[Calibration, ...] = ()  # sorted by method
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
@@ -158,6 +163,26 @@ class FactorBank:
             raise BankError("a bank holds at least one module")
         if any((module.soup is None) == self.has_soups for module in self.modules):
             raise BankError("a bank has learned weights for all of its modules, or for none")
+        self._check_calibrations()
+
+    def _check_calibrations(self) -> None:
+        methods = [calibration.method for calibration in self.calibrations]
+        if methods != sorted(set(methods)):
+            raise BankError(f"a bank's calibrations are one per method, sorted; these: {methods}")
+        names = [module.name for module in self.modules]
+        for each in self.calibrations:
+            if each.factors != self.factors_digest:
+                raise BankError(
+                    f"the calibration for {each.method} was made for the factors "
+                    f"{each.factors[:12]}, not for this bank's, {self.factors_digest[:12]}: "
+                    "calibrate this bank"
+                )
+            if each.at is not None and len(each.at) != len(self.tasks):
+                raise BankError(
+                    f"the calibration for {each.method} serves a preference over {len(each.at)} "
+                    f"skills; this bank has {len(self.tasks)}"
+                )
+            each.check(names, self._alike)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,7 +201,16 @@ class FactorBank:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over what determines every merge: format, base fingerprint, adapters' content."""
+        """SHA-256 over what determines every merge: the factors, and what was learned for them."""
+        if not self.calibrations:
+            return self.factors_digest
+        learned = [[each.method, each.digest] for each in self.calibrations]
+        fields = {"factors": self.factors_digest, "calibrations": learned}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def factors_digest(self) -> str:
+        """SHA-256 over format, base fingerprint, adapters' content and learned soup weights."""
         fields: dict[str, object] = {
             "format": FORMAT,
             "base": self.base.fingerprint,
@@ -191,18 +225,78 @@ class FactorBank:
         """Whether it carries learned weights for `lora-soups`: for all modules, or for none."""
         return self.modules[0].soup is not None
 
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """What methods may need: soups, and the methods that it carries a calibration for."""
+        return (*(("soups",) if self.has_soups else ()), *self.calibrated)
+
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The methods that it carries a calibration for."""
+        return tuple(each.method for each in self.calibrations)
+
+    @property
+    def fixed_at(self) -> Mapping[str, tuple[float, ...]]:
+        """Of those that serve one preference only, by method: that preference, (tasks,)."""
+        return {each.method: each.at for each in self.calibrations if each.at is not None}
+
+    def calibration(self, method: str) -> Calibration:
+        """What was learned for `method`. Raises BankError where nothing was."""
+        for each in self.calibrations:
+            if each.method == method:
+                return each
+        known = ", ".join(self.calibrated) or "none"
+        raise BankError(f"the bank carries no calibration for {method} (it has: {known})")
+
+    def learned(self, method: str) -> tuple[Mapping[str, Tensor], ...]:
+        """Its tensors for each of `groups`: label -> (members, ...), or unstacked where shared."""
+
+        def stacked() -> tuple[Mapping[str, Tensor], ...]:
+            calibration, names = self.calibration(method), [module.name for module in self.modules]
+            return tuple(calibration.stacked([names[m] for m in each]) for each in self._alike)
+
+        return self.keep(("learned", method), stacked)
+
+    def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What `make` returned the first time `key` was asked for; it follows from the bank alone.
+
+        Two threads may both make it, to the same bits.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast("Kept", self._kept[key])
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, object]:
+        return {}
+
+    @cached_property
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """The module and the task of every stacked direction, modules in order; (sum K,) each."""
+        ranks = torch.tensor([module.ranks for module in self.modules])
+        modules, tasks = ranks.shape
+        counts = ranks.flatten()
+        each = torch.arange(modules).repeat_interleave(tasks).repeat_interleave(counts)
+        task = torch.arange(tasks).repeat(modules).repeat_interleave(counts)
+        return each.to(self.device), task.to(self.device)
+
     @cached_property
     def layout(self) -> CoreLayout:
         """How one merge's cores lie in a flat vector."""
         return CoreLayout(tuple(module.core_shape for module in self.modules))
 
     @cached_property
-    def groups(self) -> tuple["FactorGroup", ...]:
-        """The modules' factors stacked by shape: what methods compute with."""
+    def _alike(self) -> tuple[tuple[int, ...], ...]:
+        """The places of modules alike in p, q and every task's rank."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for index, module in enumerate(self.modules):
             alike.setdefault((module.core_shape, module.ranks), []).append(index)
-        return tuple(self._group(members) for members in alike.values())
+        return tuple(tuple(members) for members in alike.values())
+
+    @cached_property
+    def groups(self) -> tuple["FactorGroup", ...]:
+        """The modules' factors stacked by shape: what methods compute with."""
+        return tuple(self._group(members) for members in self._alike)
 
     def _group(self, members: Sequence[int]) -> "FactorGroup":
         modules = [self.modules[index] for index in members]
@@ -236,7 +330,11 @@ class FactorBank:
                 right=module.right.to(device),
             )
 
-        return replace(self, modules=tuple(moved(module) for module in self.modules))
+        return replace(
+            self,
+            modules=tuple(moved(module) for module in self.modules),
+            calibrations=tuple(each.to(device) for each in self.calibrations),
+        )
 
 
 def distinct_ranks(modules: Iterable[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -1,4 +1,5 @@
-"""Edit a bank: put a skill in, replace one, take one out, without the others' original adapters.
+"""Edit a bank: put a skill in, replace one, take one out, without the others' original adapters;
+put what was learned for it beside it.
 
 A bank is immutable: an edit gives another bank, with the bases that a fresh build would find.
 """
@@ -12,6 +13,7 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank, ModuleFactors, Task
 from dynmerge.bank.build import build_bank
+from dynmerge.bank.calibration import Calibration
 from dynmerge.errors import BankError
 
 
@@ -36,8 +38,8 @@ def with_adapter(
     """The bank with `adapter` as the skill `name`, whether or not it has one of that name.
 
     Its digest is that of a bank built afresh from the original adapters. Raises BankError on
-    learned soup weights, a name that is the base model's, or a layer of another shape, and
-    PreferenceError on a name that no request could write.
+    learned soup weights, calibrations, a name that is the base model's, or a layer of another
+    shape, and PreferenceError on a name that no request could write.
     """
     added = Task(name, adapter.digest, provenance or {})
     return _rebuilt(bank, [*_others(bank, name), added], {name: adapter})
@@ -47,7 +49,7 @@ def without(bank: FactorBank, name: str) -> FactorBank:
     """The bank without the skill `name`, and without the modules that it alone changed.
 
     Raises BankError where there is no such skill, where it is the last one, and on learned soup
-    weights.
+    weights or calibrations.
     """
     _known(bank, name)
     if len(bank.tasks) == 1:
@@ -55,8 +57,29 @@ def without(bank: FactorBank, name: str) -> FactorBank:
     return _rebuilt(bank, _others(bank, name), {})
 
 
+def with_calibration(bank: FactorBank, calibration: Calibration) -> FactorBank:
+    """The bank with `calibration`, in place of the one for its method if there is one.
+
+    Raises BankError unless it was made for this bank's factors and modules.
+    """
+    others = [each for each in bank.calibrations if each.method != calibration.method]
+    ordered = sorted([*others, calibration], key=lambda each: each.method)
+    return replace(bank, calibrations=tuple(ordered))
+
+
+def without_calibrations(bank: FactorBank) -> FactorBank:
+    """The bank's factors alone."""
+    return replace(bank, calibrations=())
+
+
 def _rebuilt(bank: FactorBank, tasks: Sequence[Task], given: Mapping[str, Adapter]) -> FactorBank:
     """The bank of `tasks`: those `given`, and those that `bank` has."""
+    if bank.calibrations:
+        raise BankError(
+            f"this bank carries calibrations ({', '.join(bank.calibrated)}), which hold for "
+            "exactly its skills: edit the bank without them, as without_calibrations gives it, and "
+            "calibrate the result"
+        )
     if bank.has_soups:
         raise BankError(
             "this bank carries learned soup weights, which hold for exactly its skills: build a"

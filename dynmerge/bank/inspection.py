@@ -5,6 +5,7 @@ exact: no `d_out x d_in` array is made. Knows no files and draws nothing (`plot.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -136,6 +137,16 @@ def readable(count: float) -> str:
         count, unit = count / 1024, unit + 1
     digits = ".3g" if count < 1000 else ".0f"
     return f"{count:{digits}} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def split_name(module: str) -> tuple[str, str]:
+    """(layer, kind) of a module: `model.layers.3.mlp.up_proj` is `3` and `mlp.up_proj`.
+
+    Further numbers (experts) become `*`; a module outside the layers has the layer `-`.
+    """
+    match = re.match(r"(?:.*?\.)?(\d+)\.(.+)", module)
+    layer, kind = (match[1], match[2]) if match else ("-", module)
+    return layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)
 
 
 def effective_rank(singular_values: Tensor) -> float:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pydantic
 from pydantic import Field, JsonValue
@@ -24,7 +24,7 @@ UNSEALED = "0" * 64
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,512}$")]
-FileName = Annotated[str, Field(pattern=r"^factors-[0-9a-f]{16}\.safetensors$")]
+FileName = Annotated[str, Field(pattern=r"^[a-z]+-[0-9a-f]{16}\.safetensors$")]
 Size = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=0)]
 
@@ -102,15 +102,39 @@ class ModuleEntry(Entry):
 class FileEntry(Entry):
     """A tensor file beside the manifest, named by its own SHA-256."""
 
+    KIND: ClassVar[str] = "factors"
+
     name: FileName
     size: Size
     sha256: Digest
 
     @pydantic.model_validator(mode="after")
     def _named_by_content(self) -> "FileEntry":
-        if self.name != file_name(self.sha256):
+        if self.name != file_name(self.KIND, self.sha256):
             raise ValueError(f"{self.name} is not named by its sha256, {self.sha256}")
         return self
+
+
+class CalibrationFile(FileEntry):
+    """The file of one calibration's tensors."""
+
+    KIND: ClassVar[str] = "calibration"
+
+
+class CalibrationEntry(Entry):
+    """What was learned for one method; `record` is for people and decides nothing.
+
+    `digest` is over the tensors' names, shapes and bytes too. `at` is the only preference that it
+    serves, by task.
+    """
+
+    method: str
+    form: str
+    factors: Digest
+    digest: Digest
+    at: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None
+    record: dict[str, JsonValue]
+    file: CalibrationFile
 
 
 class Manifest(Entry):
@@ -125,6 +149,7 @@ class Manifest(Entry):
     tasks: Annotated[tuple[TaskEntry, ...], Field(min_length=1)]
     modules: Annotated[tuple[ModuleEntry, ...], Field(min_length=1)]
     files: Annotated[tuple[FileEntry, ...], Field(min_length=1)]
+    calibrations: tuple[CalibrationEntry, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _is_consistent(self) -> "Manifest":
@@ -132,6 +157,7 @@ class Manifest(Entry):
             ("task", [task.name for task in self.tasks]),
             ("module", [module.name for module in self.modules]),
             ("file", [file.name for file in self.files]),
+            ("calibration", [entry.method for entry in self.calibrations]),
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {what} stands there twice")
@@ -152,16 +178,31 @@ class Manifest(Entry):
         """Tensor name -> shape of every tensor the files must hold, and nothing else."""
         return {name: shape for module in self.modules for name, shape in module.shapes().items()}
 
+    def file_names(self) -> set[str]:
+        """Every tensor file that belongs to the bank."""
+        calibrations = (entry.file for entry in self.calibrations)
+        return {file.name for file in (*self.files, *calibrations)}
+
     def sealed(self) -> bytes:
         """The text of `bank.json`."""
         unsealed = self.model_copy(update={"manifest_sha256": UNSEALED}).model_dump(mode="json")
+        if not self.calibrations:  # readers older than calibrations take no key they do not know
+            del unsealed["calibrations"]
         text = json.dumps(unsealed, indent=1) + "\n"
         seal = hashlib.sha256(text.encode()).hexdigest()
         return text.replace(UNSEALED, seal, 1).encode()
 
 
-def describe(bank: FactorBank, files: tuple[FileEntry, ...], source: str | None) -> Manifest:
-    """The manifest of `bank` in `files`. BankError where it could not be read back."""
+def describe(
+    bank: FactorBank,
+    files: tuple[FileEntry, ...],
+    source: str | None,
+    calibrations: tuple[CalibrationFile, ...] = (),
+) -> Manifest:
+    """The manifest of `bank` in `files`, and a file for each calibration in the bank's order.
+
+    Raises BankError where it could not be read back.
+    """
     fields = {
         "manifest_sha256": UNSEALED,
         "format": FORMAT,
@@ -195,11 +236,25 @@ def describe(bank: FactorBank, files: tuple[FileEntry, ...], source: str | None)
             for module in bank.modules
         ],
         "files": [file.model_dump() for file in files],
+        "calibrations": [
+            {
+                "method": each.method,
+                "form": each.form,
+                "factors": each.factors,
+                "digest": each.digest,
+                "at": each.at,
+                "record": dict(each.record),
+                "file": file.model_dump(),
+            }
+            for each, file in zip(bank.calibrations, calibrations, strict=True)
+        ],
     }
     try:
-        return Manifest.model_validate_json(json.dumps(fields))
+        return Manifest.model_validate_json(json.dumps(fields, allow_nan=False))
     except pydantic.ValidationError as error:
         raise BankError(f"this bank cannot be written: {_first(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise BankError(f"this bank cannot be written: {error}") from None
 
 
 def parse(data: bytes, source: str) -> Manifest:
@@ -225,9 +280,9 @@ def parse(data: bytes, source: str) -> Manifest:
         raise BankError(f"{source}: {_first(error)}") from None
 
 
-def file_name(sha256: str) -> str:
-    """The name of a tensor file whose content has this SHA-256."""
-    return f"factors-{sha256[:16]}.safetensors"
+def file_name(kind: str, sha256: str) -> str:
+    """The name of a tensor file of this kind whose content has this SHA-256."""
+    return f"{kind}-{sha256[:16]}.safetensors"
 
 
 def _first(error: pydantic.ValidationError) -> str:

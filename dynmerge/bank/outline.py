@@ -3,7 +3,8 @@
 Made from the bank itself or from the manifest of one on disk; both give the same.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.manifest import Manifest
@@ -23,13 +24,24 @@ class ModuleOutline:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A bank's base model, its tasks sorted by name, its digest and the shapes of its modules."""
+    """A bank's base model, its tasks sorted by name, its digest and the shapes of its modules.
+
+    `calibrated` are the methods that it carries a calibration for; `fixed_at` has those among them
+    that serve one preference only, and it.
+    """
 
     base: BaseIdentity
     names: tuple[str, ...]
     digest: str
     has_soups: bool
     modules: tuple[ModuleOutline, ...]
+    calibrated: tuple[str, ...] = ()
+    fixed_at: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """What methods may need: soups, and the methods that it carries a calibration for."""
+        return (*(("soups",) if self.has_soups else ()), *self.calibrated)
 
     @classmethod
     def of_bank(cls, bank: FactorBank) -> "Outline":
@@ -40,7 +52,15 @@ class Outline:
             )
             for module in bank.modules
         )
-        return cls(bank.base, bank.names, bank.digest, bank.has_soups, modules)
+        return cls(
+            base=bank.base,
+            names=bank.names,
+            digest=bank.digest,
+            has_soups=bank.has_soups,
+            modules=modules,
+            calibrated=bank.calibrated,
+            fixed_at=bank.fixed_at,
+        )
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> "Outline":
@@ -55,4 +75,8 @@ class Outline:
             digest=manifest.digest,
             has_soups=manifest.modules[0].soup is not None,
             modules=modules,
+            calibrated=tuple(entry.method for entry in manifest.calibrations),
+            fixed_at={
+                entry.method: entry.at for entry in manifest.calibrations if entry.at is not None
+            },
         )

@@ -1,6 +1,5 @@
 """Draw a bank's report: the skills' effective ranks, their overlaps, and where the energy lies."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from dynmerge.bank.inspection import BankReport, ModuleReport, readable
+from dynmerge.bank.inspection import BankReport, ModuleReport, readable, split_name
 from dynmerge.errors import BankError
 
 INK, MUTED, BAR, MERGE, EMPTY = "#1f2328", "#656d76", "#4878a8", "#c8553d", "#dfe3e7"
@@ -89,16 +88,6 @@ class EnergyMap:
             energy[cell] = np.nansum([energy[cell], share])
             ranks[cell] += module.K
         return cls(layers, kinds, energy, ranks)
-
-
-def split_name(module: str) -> tuple[str, str]:
-    """(layer, kind) of a module: `model.layers.3.mlp.up_proj` is `3` and `mlp.up_proj`.
-
-    Further numbers (experts) become `*`; a module outside the layers has the layer `-`.
-    """
-    match = re.match(r"(?:.*?\.)?(\d+)\.(.+)", module)
-    layer, kind = (match[1], match[2]) if match else ("-", module)
-    return layer, re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)
 
 
 def _headline(report: BankReport) -> str:

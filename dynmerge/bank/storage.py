@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -21,9 +21,18 @@ from torch import Tensor
 
 from dynmerge.bank import manifest as manifests
 from dynmerge.bank.bank import FactorBank, ModuleFactors, Task
-from dynmerge.bank.manifest import FileEntry, Manifest, ModuleEntry
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.edit import with_calibration
+from dynmerge.bank.manifest import (
+    CalibrationEntry,
+    CalibrationFile,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+)
 from dynmerge.errors import BankError
 
+Kind = TypeVar("Kind", bound=FileEntry)
 SHARD_BYTES = 1 << 30  # a tensor file is read whole, to be hashed and used as the same bytes
 
 
@@ -40,14 +49,36 @@ def save_bank(
     staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         staging.mkdir(parents=True)
-        files = tuple(_write_shard(shard, staging) for shard in _shards(bank.modules))
-        described = manifests.describe(bank, files, source)
-        (staging / manifests.NAME).write_bytes(described.sealed())
-        for path in (*staging.iterdir(), staging):
-            _sync(path)
-        _publish(staging, folder)
+        files = tuple(_write(shard, staging, FileEntry) for shard in _shards(bank.modules))
+        learned = tuple(_write_calibration(each, staging) for each in bank.calibrations)
+        described = manifests.describe(bank, files, source, learned)
+        _publish(described, staging, folder)
     except (OSError, SafetensorError) as error:
         raise BankError(f"cannot write the bank {folder}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return described
+
+
+def add_calibration(folder: Path, calibration: Calibration) -> Manifest:
+    """Make the bank in `folder` carry `calibration`, in place of the one for its method if any.
+
+    The bank is read and verified first; its factor files stay as they are. Whole or not at all:
+    the new version begins when `bank.json` is renamed. Raises BankError.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    before = read_manifest(folder)
+    bank = with_calibration(load_bank(folder), calibration)
+    kept = {entry.method: entry.file for entry in before.calibrations}
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        staging.mkdir()
+        kept[calibration.method] = _write_calibration(calibration, staging)
+        learned = tuple(kept[method] for method in bank.calibrated)
+        described = manifests.describe(bank, before.files, before.base.source, learned)
+        _publish(described, staging, folder)
+    except (OSError, SafetensorError) as error:
+        raise BankError(f"cannot write to the bank {folder}: {_reason(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return described
@@ -70,6 +101,7 @@ def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:
         described.base.identity(),
         tuple(Task(task.name, task.digest, task.provenance) for task in described.tasks),
         tuple(_module(entry, tensors) for entry in described.modules),
+        tuple(_read_calibration(folder, entry, device) for entry in described.calibrations),
     )
     if bank.digest != described.digest:
         raise BankError(f"{folder}: states the digest {described.digest}, has {bank.digest}")
@@ -141,30 +173,63 @@ def _shards(modules: Sequence[ModuleFactors]) -> Iterator[dict[str, Tensor]]:
         yield shard
 
 
-def _write_shard(shard: dict[str, Tensor], staging: Path) -> FileEntry:
+def _write(tensors: dict[str, Tensor], staging: Path, kind: type[Kind]) -> Kind:
     # Not save_file: only the owner may read its files, and a bank is often served by another user.
-    data = save(shard)
+    data = save(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
-    name = manifests.file_name(sha256)
+    name = manifests.file_name(kind.KIND, sha256)
     (staging / name).write_bytes(data)
-    return FileEntry(name=name, size=len(data), sha256=sha256)
+    return kind(name=name, size=len(data), sha256=sha256)
 
 
-def _publish(staging: Path, folder: Path) -> None:
-    """Make the finished bank in `staging` the bank at `folder`, in one step that has no middle."""
+def _write_calibration(calibration: Calibration, staging: Path) -> CalibrationFile:
+    tensors = {name: each.cpu().contiguous() for name, each in calibration.tensors.items()}
+    return _write(tensors, staging, CalibrationFile)
+
+
+def _read_calibration(
+    folder: Path, entry: CalibrationEntry, device: torch.device | str
+) -> Calibration:
+    path = _inside(folder, entry.file.name)
+    tensors = {}
+    for name, fields in _verified(path, entry.file):
+        if fields["dtype"] != "F32":
+            raise BankError(f"{path}: {name[:200]!r} is {fields['dtype']}, not F32")
+        # A bank of one skill has no pairs of skills: a table over them is empty.
+        data = fields["data"]
+        flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.zeros(0)
+        tensors[name] = flat.reshape(tuple(fields["shape"])).to(device)
+    try:
+        found = Calibration(entry.method, entry.form, entry.factors, tensors, entry.record)
+    except BankError as error:
+        raise BankError(f"{path}: {error}") from error
+    if (found.digest, found.at) != (entry.digest, entry.at):
+        raise BankError(f"{path} does not hold what bank.json says of it: their digests differ")
+    return found
+
+
+def _publish(described: Manifest, staging: Path, folder: Path) -> None:
+    """Make what is in `staging` the bank at `folder`, in one step that has no middle.
+
+    Files that it does not bring are those of the bank that is there.
+    """
+    (staging / manifests.NAME).write_bytes(described.sealed())
+    for path in (*staging.iterdir(), staging):
+        _sync(path)
     if not (folder / manifests.NAME).exists():
         staging.rename(folder)  # onto nothing, or an empty folder
         _sync(folder.parent)
         return
-    new = {path.name for path in staging.glob("factors-*.safetensors")}
-    for name in new:
-        (staging / name).rename(folder / name)
+    for path in staging.glob("*.safetensors"):
+        path.rename(folder / path.name)
     _sync(folder)
     (staging / manifests.NAME).rename(folder / manifests.NAME)
     _sync(folder)
-    for path in folder.glob("factors-*.safetensors"):
-        if path.name not in new:
-            path.unlink()
+    kept = described.file_names()
+    for kind in (FileEntry.KIND, CalibrationFile.KIND):
+        for path in folder.glob(f"{kind}-*.safetensors"):
+            if path.name not in kept:
+                path.unlink()
 
 
 def _read_shard(

@@ -1,7 +1,7 @@
 """Methods whose weights multiply whole updates: no coordinates matter, nothing is masked.
 
-Each is one weight per skill and module, which `skill_weights` rows of METHODS give without making
-the merge: an engine that holds the skills' own factors needs no more.
+Each is one weight per skill and module, which the `diagonal` of a row of METHODS gives without
+making the merge: an engine that holds the skills' own factors needs no more.
 """
 
 import torch
@@ -23,9 +23,10 @@ def linear(support: Support, weights: Tensor, values: Values) -> Cores:
     return Cores([group.weighted(lambdas) for group in support.groups])
 
 
-def linear_weights(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
-    """λ (1, tasks) of `linear` from the magnitudes (tasks,) of all the bank's tasks."""
-    return normed(weights, number(values, "p"))[None]
+def linear_diagonal(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
+    """λ of `linear` at every stacked direction, from the magnitudes (tasks,) of all tasks."""
+    _, tasks = bank.directions
+    return normed(weights, number(values, "p"))[tasks]
 
 
 def lora_soups(support: Support, weights: Tensor, values: Values) -> Cores:
@@ -45,10 +46,14 @@ def lora_soups(support: Support, weights: Tensor, values: Values) -> Cores:
     return Cores(cores)
 
 
-def soup_weights(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
-    """λ (modules, tasks) of `lora_soups` from the magnitudes (tasks,) of all the bank's tasks."""
-    soups = torch.tensor([module.soup for module in bank.modules], device=weights.device)
-    return _souped(soups, soups, weights)
+def soup_diagonal(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
+    """λ of `lora_soups` at every stacked direction, from the magnitudes (tasks,)."""
+
+    def stacked() -> Tensor:
+        return torch.tensor([module.soup for module in bank.modules], device=bank.device)
+
+    soups = bank.keep("soups", stacked)
+    return _souped(soups, soups, weights)[bank.directions]
 
 
 def _souped(own: Tensor, whole: Tensor, weights: Tensor) -> Tensor:

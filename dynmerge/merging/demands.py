@@ -7,8 +7,10 @@ from dynmerge.bank.outline import ModuleOutline, Outline
 from dynmerge.errors import MethodError
 from dynmerge.merging.choice import HEADER, parts_of, settled
 from dynmerge.merging.methods import METHODS
+from dynmerge.preference import GRID, Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
+GRID_STEP = 1.001 / GRID  # a weight's own thousandth is less than this from what was meant
 # The most columns a merge's own factors have: min(d_out, d_in), ranks of the support, rank asked.
 WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
     "knots": lambda least, stacked, asked: min(least, stacked),
@@ -26,11 +28,38 @@ def in_background(method: MethodChoice) -> bool:
 def check_bank(method: MethodChoice, bank: Outline | FactorBank, source: str = HEADER) -> None:
     """Raise MethodError where `bank` lacks what `method` needs."""
     _, merger, _ = parts_of(method.name, source)
-    if METHODS[merger].needs_soups and not bank.has_soups:
+    needs = METHODS[merger].needs
+    if needs is None or needs in bank.carries:
+        return
+    if needs == "soups":
+        what, how = "learned weights", "dynmerge build --soup-weights puts them in"
+    else:
+        what, how = "a calibration", f"dynmerge calibrate BANK --method {needs} makes it"
+    raise MethodError(
+        f"{source}: {merger} needs {what}, which this bank does not carry; {how}", source
+    )
+
+
+def check_preference(
+    method: MethodChoice, preference: Preference, bank: Outline | FactorBank, source: str = HEADER
+) -> None:
+    """Raise MethodError where `method`, in this bank, does not serve `preference`."""
+    _, merger, _ = parts_of(method.name, source)
+    row, vector = METHODS[merger], preference.vector(bank.names)
+    if not row.takes_negative and min(vector) < 0:
         raise MethodError(
-            f"{source}: {merger} needs learned weights, which this bank does not carry; "
-            "dynmerge build --soup-weights puts them in",
+            f"{source}: {merger} takes no negative weight: what it learned for pairs of skills "
+            "is no skill's to negate",
             source,
+        )
+    at = bank.fixed_at.get(row.needs or "")
+    total = sum(map(abs, vector))
+    if at is None or not total:
+        return
+    if any(abs(abs(w) / total - a) > GRID_STEP for w, a in zip(vector, at, strict=True)):
+        only = ", ".join(f"{name}={a:.3g}" for name, a in zip(bank.names, at, strict=True) if a)
+        raise MethodError(
+            f"{source}: {merger} is calibrated for one preference in this bank, {only}", source
         )
 
 

@@ -4,8 +4,6 @@ In the skills' own factors B = [B_1 .. B_T] and A = [A_1; ..; A_T] such a merge 
 engine that holds B and A for all requests needs d alone, a few numbers for each rank of each skill.
 """
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from dynmerge.recipe import MethodChoice, Recipe
 def is_diagonal(method: MethodChoice) -> bool:
     """Whether merges by `method` are diagonal in the skills' own directions."""
     before, _, after = parts_of(method.name)
-    return not before and not after and settled(method)[0].skill_weights is not None
+    return not before and not after and settled(method)[0].diagonal is not None
 
 
 class Diagonal:
@@ -34,19 +32,8 @@ class Diagonal:
         if recipe.is_base:
             return torch.zeros(sum(self.sizes), device=self.bank.device)
         row, values = settled(recipe.method)
-        assert row.skill_weights is not None
+        assert row.diagonal is not None
         vector = torch.tensor(recipe.preference.vector(self.bank.names), device=self.bank.device)
-        lambdas = row.skill_weights(self.bank, vector.abs(), values)
-        signed = lambdas * vector.sign() * number(values, SCALE.name)
-        modules, tasks = self._places
-        return signed[modules if len(signed) > 1 else torch.zeros_like(modules), tasks]
-
-    @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """The module and the task of every direction."""
-        ranks = torch.tensor([module.ranks for module in self.bank.modules])
-        modules, tasks = ranks.shape
-        counts = ranks.flatten()
-        each = torch.arange(modules).repeat_interleave(tasks).repeat_interleave(counts)
-        task = torch.arange(tasks).repeat(modules).repeat_interleave(counts)
-        return each.to(self.bank.device), task.to(self.bank.device)
+        weights = row.diagonal(self.bank, vector.abs(), values)
+        _, tasks = self.bank.directions
+        return weights * (vector.sign() * number(values, SCALE.name))[tasks]

@@ -12,8 +12,9 @@ from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
 from dynmerge.merging import pico, svc
+from dynmerge.merging.carried import check_calibrations
 from dynmerge.merging.choice import parts_of, settled
-from dynmerge.merging.demands import check_bank
+from dynmerge.merging.demands import check_bank, check_preference
 from dynmerge.merging.methods import SCALE
 from dynmerge.merging.outcome import Outcome, Thin
 from dynmerge.merging.parameters import number
@@ -54,7 +55,8 @@ class Merge:
 class Merger:
     """Makes the merges of one bank, and keeps what methods prepared for the supports used last.
 
-    At most `prepared` bytes of that, and what the merge at hand needs. Thread-safe.
+    At most `prepared` bytes of that, and what the merge at hand needs. Thread-safe. Raises
+    BankError on calibrations that do not hold what their methods read.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Merger:
         dtype: torch.dtype = torch.float32,
         prepared: int = PREPARED_BYTES,
     ) -> None:
+        check_calibrations(bank)
         self.bank = bank
         self._dtype = dtype
         self._most = prepared
@@ -80,6 +83,7 @@ class Merger:
                 f"recipe {recipe.digest} is for another bank than {self.bank.digest[:12]}"
             )
         check_bank(recipe.method, self.bank)
+        check_preference(recipe.method, recipe.preference, self.bank)
         signs, weights = support_of(self.bank, recipe.preference)
         if not signs:
             nothing = torch.zeros(self.bank.layout.size, dtype=self._dtype, device=self.bank.device)

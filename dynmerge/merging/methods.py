@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.merging import pico
-from dynmerge.merging.arithmetic import linear, linear_weights, lora_soups, soup_weights
+from dynmerge.merging.arithmetic import linear, linear_diagonal, lora_soups, soup_diagonal
+from dynmerge.merging.carried import (
+    by_coefficients,
+    coefficient_diagonal,
+    regmean,
+    tuned,
+    tuned_diagonal,
+)
 from dynmerge.merging.consensus import AGGREGATES, SUMS
 from dynmerge.merging.elementwise import dropping, elected, pruning, summed, trimming
 from dynmerge.merging.lego import lego
@@ -26,8 +33,8 @@ CALIBRATION, AFTER = "pico", "svc"
 
 # (support, its weights (skills,) none negative, parameters) -> one update per module
 Merger = Callable[[Support, Tensor, Values], Outcome]
-# (bank, magnitudes (tasks,) of all its tasks, parameters) -> λ (modules or 1, tasks)
-SkillWeights = Callable[[FactorBank, Tensor, Values], Tensor]
+# (bank, magnitudes (tasks,) of all its tasks, parameters) -> d (sum K,), modules in order
+DirectionWeights = Callable[[FactorBank, Tensor, Values], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +43,10 @@ class Method:
 
     `version` rises when its code, or that of the steps it takes, changes what it returns. `fixed`
     are values of parameters that the name settles. `background` says that it takes long in any
-    space. `check` says what is wrong with parameters together, if anything. `skill_weights`, where
-    the merge is no more than a weighted sum in each module, are its weights.
+    space. `needs` names what the bank must carry: soups, or the calibration for a method.
+    `takes_negative` is false where weights have no sign to turn. `check` says what is wrong with
+    parameters together, if anything. `diagonal`, where the merge is no more than one weight for
+    each stacked direction of the skills, are these weights.
     """
 
     merge: Merger
@@ -47,9 +56,10 @@ class Method:
     fixed: Values = field(default_factory=dict)
     background: bool = False
     takes_svc: bool = True
-    needs_soups: bool = False
+    needs: str | None = None
+    takes_negative: bool = True
     check: Callable[[Values], str | None] = lambda _: None
-    skill_weights: SkillWeights | None = None
+    diagonal: DirectionWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +123,55 @@ METHODS: Mapping[str, Method] = {
         1,
         "the exact weighted sum of the skills' updates (Task Arithmetic)",
         (_p(1.0),),
-        skill_weights=linear_weights,
+        diagonal=linear_diagonal,
     ),
     "lora-soups": Method(
         lora_soups,
         1,
         "the weighted sum under weights per layer that the bank carries (CAT)",
-        needs_soups=True,
-        skill_weights=soup_weights,
+        needs="soups",
+        diagonal=soup_diagonal,
+    ),
+    "tuned": Method(
+        tuned,
+        1,
+        "the weighted sum under the norm that validation chose for the bank",
+        needs="tuned",
+        diagonal=tuned_diagonal,
+    ),
+    "adamerging": Method(
+        by_coefficients("adamerging"),
+        1,
+        "one learned coefficient per skill and layer",
+        needs="adamerging",
+        diagonal=coefficient_diagonal("adamerging"),
+    ),
+    "tara-a": Method(
+        by_coefficients("tara-a"),
+        1,
+        "one learned coefficient per rank-one direction of each skill",
+        needs="tara-a",
+        diagonal=coefficient_diagonal("tara-a"),
+    ),
+    "tara-b": Method(
+        by_coefficients("tara-b"),
+        1,
+        "one learned coefficient per skill and direction of all skills' updates together",
+        needs="tara-b",
+    ),
+    "core": Method(
+        by_coefficients("core"),
+        1,
+        "learned coefficients, and learned tables for pairs of skills between them",
+        needs="core",
+        takes_negative=False,
+    ),
+    "regmean": Method(
+        regmean,
+        1,
+        "the update nearest to each skill's on what that skill reads",
+        (Number("ridge", 0.01, 0.001, 10.0, "of each skill's moments, a share of their mean"),),
+        needs="regmean",
     ),
     "ties": Method(
         elected("ties", trimming),

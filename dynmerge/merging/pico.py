@@ -36,13 +36,14 @@ def restored(outcome: Outcome, support: Support, weights: Tensor, values: Values
         return outcome
     norms = support.keep("norms", lambda: [(group.norms(),) for group in support.groups])
     gammas = [
-        _gamma(own @ weights, found)
+        gamma(own @ weights, found)
         for (own,), found in zip(norms, outcome.norms(support), strict=True)
     ]
     return outcome.scaled(support, gammas)
 
 
-def _gamma(wanted: Tensor, found: Tensor) -> Tensor:
+def gamma(wanted: Tensor, found: Tensor) -> Tensor:
+    """wanted / found, norms alike in shape; 0 where what was found is nothing but rounding."""
     # Skills that cancel leave their rounding, which is not to be lifted to their norm.
     rounding = 64 * torch.finfo(found.dtype).eps * wanted
     return torch.where(found > rounding, wanted / found, 0)

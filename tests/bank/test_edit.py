@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import FactorBank
-from dynmerge.bank.edit import adapter_of, with_adapter, without
+from dynmerge.bank.edit import adapter_of, with_adapter, without, without_calibrations
 from dynmerge.errors import BankError, PreferenceError
 from tests.bank_factory import BASE, RANKS, random_adapter, random_adapters, random_bank
 from tests.merging.dense import assert_same, bank_of, merged
@@ -115,7 +115,7 @@ def test_what_is_no_edit_is_refused() -> None:
 
 
 def test_a_bank_with_learned_soup_weights_is_not_edited() -> None:
-    bank = bank_of(ADAPTERS)
+    bank = without_calibrations(bank_of(ADAPTERS))
     with pytest.raises(BankError, match="learned soup weights"):
         with_adapter(bank, "bea", NEW)
     with pytest.raises(BankError, match="learned soup weights"):

@@ -13,13 +13,31 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from dynmerge.bank import storage
+from dynmerge.bank.bank import ModuleFactors
 from dynmerge.bank.build import build_bank, with_soups
-from dynmerge.bank.storage import check_base, check_target, load_bank, read_manifest, save_bank
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.edit import with_calibration
+from dynmerge.bank.storage import (
+    add_calibration,
+    check_base,
+    check_target,
+    load_bank,
+    read_manifest,
+    save_bank,
+)
 from dynmerge.errors import BankError
-from tests.bank_factory import BASE, RANKS, flat_cores, random_adapter, random_adapters, random_bank
+from tests.bank_factory import (
+    BASE,
+    RANKS,
+    flat_cores,
+    random_adapter,
+    random_adapters,
+    random_bank,
+    random_calibration,
+)
 
 BANK = build_bank(
     BASE, random_adapters(), provenance={"ada": {"source": "org/ada", "target_modules": ["q"]}}
@@ -220,7 +238,9 @@ def test_factors_that_are_a_link_to_themselves_are_refused(folder: Path) -> None
 def test_a_writer_killed_at_any_step_leaves_what_was_there_or_the_new_bank(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bank.killed_writer", str(tmp_path)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout
-    for before, found in json.loads(printed).items():
+    left = [(before, found) for before, several in json.loads(printed).items() for found in several]
+    assert len(left) == 3
+    for before, found in left:
         assert set(found) == {before, "new"}
         assert found.index("new") > 5
         assert found == [before] * found.count(before) + ["new"] * found.count("new")
@@ -401,3 +421,193 @@ def test_a_name_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> No
     with pytest.raises(BankError, match=r"cannot be written: modules\.0\.name"):
         save_bank(replace(BANK, modules=(module,)), tmp_path / "bank")
     assert names(tmp_path) == []
+
+
+def shapes(module: ModuleFactors) -> dict[str, tuple[int, ...]]:
+    return {"ratio": (len(module.ranks), sum(module.ranks)), "none": (0, 2)}
+
+
+AT = torch.tensor([1 / 3, 1 / 3, 1 / 3])
+TARA = random_calibration(BANK, "tara-a", shapes, shared={"p": torch.tensor(4.0)})
+FIXED = random_calibration(BANK, "core", shapes, "fixed", {"at": AT})
+LEARNED = with_calibration(with_calibration(BANK, TARA), FIXED)
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Path:
+    """The folder of a bank with two calibrations."""
+    save_bank(LEARNED, tmp_path / "bank", source="org/base")
+    return tmp_path / "bank"
+
+
+def assert_learned(folder: Path) -> None:
+    loaded = load_bank(folder)
+    assert (loaded.digest, loaded.calibrated) == (LEARNED.digest, ("core", "tara-a"))
+    assert loaded.fixed_at == LEARNED.fixed_at
+    for expected in LEARNED.calibrations:
+        found = loaded.calibration(expected.method)
+        assert (found.form, found.record) == (expected.form, expected.record)
+        assert found.tensors.keys() == expected.tensors.keys()
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(found.tensors[name], tensor)
+
+
+def test_calibrations_come_back_as_they_were(learned: Path) -> None:
+    assert_learned(learned)
+    assert len({path.stat().st_mode for path in learned.iterdir()}) == 1
+    entries = read_manifest(learned).calibrations
+    assert [(entry.method, entry.form) for entry in entries] == [
+        ("core", "fixed"),
+        ("tara-a", "ratio"),
+    ]
+
+
+def test_a_bank_without_calibrations_is_described_as_before_there_were_any(folder: Path) -> None:
+    assert "calibrations" not in json.loads((folder / "bank.json").read_text())
+
+
+def test_a_calibration_added_is_a_new_version_beside_the_same_factors(folder: Path) -> None:
+    factors = {path.name: path.stat() for path in folder.glob("factors-*")}
+    before = (folder / "bank.json").stat()
+    add_calibration(folder, TARA)
+    described = add_calibration(folder, FIXED)
+    assert described.digest == LEARNED.digest
+    assert described.base.source == "org/base"
+    assert_learned(folder)
+    assert {path.name: path.stat() for path in folder.glob("factors-*")} == factors
+    assert (folder / "bank.json").stat().st_ino != before.st_ino  # whoever watches it notices
+    assert len(names(folder)) == 4
+    add_calibration(folder, replace(TARA, tensors={**TARA.tensors, ".p": torch.tensor(5.0)}))
+    assert load_bank(folder).calibration("tara-a").tensors[".p"] == 5
+    assert len(names(folder)) == 4
+    save_bank(BANK, folder, replace=True)
+    assert load_bank(folder).digest == BANK.digest
+    assert len(names(folder)) == 2
+    assert names(folder.parent) == ["bank"]
+
+
+def test_a_calibration_for_other_factors_is_not_added(folder: Path) -> None:
+    data = (folder / "bank.json").read_bytes()
+    with pytest.raises(BankError, match="was made for the factors"):
+        add_calibration(folder, random_calibration(OTHER, "tara-a", shapes))
+    with pytest.raises(BankError, match="there is no such folder"):
+        add_calibration(folder / "nowhere", TARA)
+    odd = replace(TARA, record={"loss": float("nan")})
+    with pytest.raises(BankError, match="this bank cannot be written: Out of range float"):
+        add_calibration(folder, odd)
+    assert (folder / "bank.json").read_bytes() == data
+    assert len(names(folder)) == 2
+    assert names(folder.parent) == ["bank"]
+
+
+def test_no_room_for_a_calibration_leaves_the_bank_as_it_was(folder: Path) -> None:
+    for room in (0, 500):
+        with files_no_larger_than(room), pytest.raises(BankError, match="cannot write to the bank"):
+            add_calibration(folder, TARA)
+    assert load_bank(folder).digest == BANK.digest
+    assert names(folder.parent) == ["bank"]
+
+
+def test_a_flipped_bit_or_a_lost_byte_of_a_calibration_is_noticed(learned: Path) -> None:
+    for file in learned.glob("calibration-*"):
+        data = bytearray(file.read_bytes())
+        for place in (0, 9, len(data) // 2, len(data) - 1):
+            data[place] ^= 1
+            file.write_bytes(data)
+            with pytest.raises(BankError, match=rf"{file.name} was changed"):
+                load_bank(learned)
+            data[place] ^= 1
+        file.write_bytes(data[:-1])
+        with pytest.raises(BankError, match=rf"{file.name} is {len(data) - 1} bytes"):
+            load_bank(learned)
+        file.write_bytes(data)
+    assert_learned(learned)
+    file.unlink()
+    with pytest.raises(BankError, match=rf"{file.name} is missing"):
+        load_bank(learned)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (change("calibrations", 0, "method", to="tara-a"), "a calibration stands there twice"),
+        (change("calibrations", 0, "method", to="zzz"), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "method", to="Core"), "not names"),
+        (change("calibrations", 0, "form", to="ratio"), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "at", to=[1, 0, 0]), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "at", to=None), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "at", to=[2, -1, 0]), r"calibrations\.0\.at\.0"),
+        (change("calibrations", 0, "factors", to="1" * 64), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "digest", to="1" * 64), "do.*not hold what bank.json says"),
+        (change("calibrations", 0, "more", to=1), "Extra inputs"),
+        (lambda fields: fields["calibrations"].pop(0), "states the digest"),
+        (lambda fields: fields["calibrations"].reverse(), "one per method, sorted"),
+        (
+            change("calibrations", 0, "file", "name", to="../calibration-0.safetensors"),
+            r"calibrations\.0\.file\.name",
+        ),
+        (
+            lambda fields: fields["calibrations"][0].update(file=fields["files"][0]),
+            "is not named by its sha256",
+        ),
+        (
+            lambda fields: fields.update(files=[fields["calibrations"][0]["file"]]),
+            "is not named by its sha256",
+        ),
+    ],
+)
+def test_an_inconsistent_description_of_a_calibration_is_refused(
+    learned: Path, change: Callable[[Fields], None], complaint: str
+) -> None:
+    edit(learned, change)
+    with pytest.raises(BankError, match=complaint):
+        load_bank(learned)
+
+
+def refill(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the second calibration's tensors as someone would who also renews its checksum."""
+    entry_ = read_manifest(folder).calibrations[1]
+    tensors = load_file(folder / entry_.file.name)
+    change(tensors)
+    data = save(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"calibration-{sha256[:16]}.safetensors"
+    (folder / name).write_bytes(data)
+
+    def renew(fields: Fields) -> None:
+        fields["calibrations"][1]["file"] = entry(name, len(data), sha256)
+
+    edit(folder, renew)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda tensors: tensors.pop(".p"), "does not hold what bank.json says"),
+        (lambda tensors: tensors.update({".more": torch.zeros(1)}), "does not hold what bank.json"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "'more' is not named MODULE.LABEL"),
+        (lambda tensors: tensors[".p"].fill_(torch.nan), r"'\.p' holds NaN or infinity"),
+        (lambda tensors: tensors[".p"].fill_(1), "does not hold what bank.json says"),
+        (lambda tensors: tensors.update({".p": torch.ones(()).half()}), r"'\.p' is F16, not F32"),
+        (lambda tensors: tensors.clear(), "holds no tensors"),
+    ],
+)
+def test_wrong_tensors_of_a_calibration_are_refused_whatever_the_checksums(
+    learned: Path, change: Callable[[dict[str, torch.Tensor]], None], complaint: str
+) -> None:
+    refill(learned, change)
+    with pytest.raises(BankError, match=complaint):
+        load_bank(learned)
+
+
+def test_a_whole_calibration_that_the_bank_does_not_fit_is_refused(learned: Path) -> None:
+    other = Calibration("tara-a", "ratio", BANK.digest, {"layers.0.q.ratio": torch.zeros(3, 5)})
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.clear()
+        tensors.update(other.tensors)
+
+    refill(learned, swap)
+    edit(learned, change("calibrations", 1, "digest", to=other.digest))
+    with pytest.raises(BankError, match=r"calibration for tara-a: .*ratio' is missing"):
+        load_bank(learned)

@@ -1,6 +1,7 @@
 """What a merge stands for, written out, so that it can be held to the oracle."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge, merge
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
-from tests.bank_factory import random_adapters, random_bank
+from tests.bank_factory import random_adapters, random_bank, random_calibrations
 
 ADAPTERS = random_adapters()
 
@@ -32,7 +33,8 @@ def soups_of(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
 
 def bank_of(adapters: Mapping[str, Adapter]) -> FactorBank:
     """A bank that lacks nothing any method needs."""
-    return with_soups(random_bank(adapters), soups_of(adapters))
+    bank = with_soups(random_bank(adapters), soups_of(adapters))
+    return replace(bank, calibrations=random_calibrations(bank))
 
 
 BANK = bank_of(ADAPTERS)

@@ -10,14 +10,22 @@ from torch.testing import assert_close
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
-from dynmerge.bank.bank import FactorGroup, Task
+from dynmerge.bank.bank import FactorBank, FactorGroup, Task
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.edit import with_calibration
 from dynmerge.merging import pico
+from dynmerge.merging.calibrated import GRANULARITIES, by_joint_direction, joint_directions
+from dynmerge.merging.choice import parse_method
+from dynmerge.merging.maps import pairs
+from dynmerge.merging.merge import merge
 from dynmerge.merging.outcome import Cores
 from dynmerge.merging.support import Support
 from dynmerge.merging.svc import balanced, repeats
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
 from tests import reference
 from tests.bank_factory import BASE, SHAPES, random_adapter, random_bank
-from tests.merging.dense import ADAPTERS, BANK, assert_same, merged
+from tests.merging.dense import ADAPTERS, BANK, assert_same, merged, written_out
 
 THREE: Mapping[str, float] = {"ada": 0.2, "bob": 0.5, "cyd": 0.3}
 
@@ -242,6 +250,93 @@ def test_canonical_pico_with_the_mean_is_a_point_of_tara_b_in_float64(layer: Lay
     restored = pico.restored(mean, support, weights, values)
     assert isinstance(restored, Cores)
     assert_exact(U @ restored.groups[0][0] @ V.mT, tara_b(layer.deltas))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: str(layer.ranks))
+def test_that_point_is_one_that_our_tara_b_reaches(layer: Layer) -> None:
+    (group,), (U, V), T = layer.support().groups, layer.bases(), len(layer.B)
+    S, _, alpha = s_by_svd(layer.deltas)
+    Q = joint_directions(group)
+    # Its directions are S's eigenvectors, strongest first: alpha, largest last, in their order.
+    along = (Q[0].mT @ (U.mT @ S @ U) @ Q[0]).diagonal()
+    assert_exact(along, alpha[: len(along)])
+    mean = by_joint_direction(group, (along / T).repeat(T)[None], Q)
+    gamma = sum(delta.norm() for delta in layer.deltas) / T / mean.norm()
+    assert_exact(U @ (gamma * mean[0]) @ V.mT, tara_b(layer.deltas))
+
+
+def fixed_everywhere(bank: FactorBank, method: str, value: float) -> FactorBank:
+    """The bank with coefficients that are all the same, for the uniform preference."""
+    tasks = len(bank.tasks)
+    tensors = {".at": torch.full((tasks,), 1 / tasks)}
+    for group in bank.groups:
+        width = len(GRANULARITIES[method].owners(group))
+        for member in group.members:
+            tensors[f"{bank.modules[member].name}.fixed"] = torch.full((width,), value)
+    return with_calibration(bank, Calibration(method, "fixed", bank.factors_digest, tensors))
+
+
+@pytest.mark.parametrize("method", ["adamerging", "tara-a", "tara-b"])
+@pytest.mark.parametrize("value", [0.4, -1.3])
+def test_equal_coefficients_everywhere_are_task_arithmetic(method: str, value: float) -> None:
+    for adapters in (ADAPTERS, FOUR):
+        bank = fixed_everywhere(random_bank(adapters), method, value)
+        uniform = dict.fromkeys(adapters, 1 / len(adapters))
+        preference = Preference.of(uniform)
+        recipe = Recipe(preference, parse_method(method), bank.digest)
+        expected = reference.merged_deltas(adapters, dict.fromkeys(adapters, value))
+        assert_same(written_out(bank, merge(bank, recipe)), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: str(layer.ranks))
+def test_equal_coefficients_everywhere_are_task_arithmetic_in_float64(layer: Layer) -> None:
+    (group,), (U, V) = layer.support().groups, layer.bases()
+    expected = 0.4 * torch.stack(layer.deltas).sum(0)
+    for method in ("adamerging", "tara-a", "tara-b", "core"):
+        phi = torch.full((1, len(GRANULARITIES[method].owners(group))), 0.4, dtype=torch.float64)
+        rho = torch.full((len(layer.B),), 1 / len(layer.B), dtype=torch.float64)
+        free = torch.zeros(1, len(pairs(rho)), U.shape[1], V.shape[1], dtype=torch.float64)
+        own = {"joint": joint_directions(group), "tables": free}
+        core = GRANULARITIES[method].cores(group, phi, own, rho)[0]
+        assert_exact(U @ core @ V.mT, expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: str(layer.ranks))
+def test_an_update_is_the_sum_of_its_parts_along_the_joint_directions(layer: Layer) -> None:
+    # Delta_i = sum_k sigma_k u_k v_ki^T: the coefficients of one skill at 1, all others at 0.
+    (group,), (U, V) = layer.support().groups, layer.bases()
+    Q = joint_directions(group)
+    dense_u, sigma, Vt = torch.linalg.svd(torch.cat(layer.deltas, 1), full_matrices=False)
+    for i, delta in enumerate(layer.deltas):
+        phi = torch.zeros(len(layer.deltas), Q.shape[-1], dtype=torch.float64)
+        phi[i] = 1
+        assert_exact(U @ by_joint_direction(group, phi.reshape(1, -1), Q)[0] @ V.mT, delta)
+        for k in range(Q.shape[-1]):
+            phi[i] = 0
+            phi[i, k] = 1
+            v_ki = Vt[k, 10 * i : 10 * (i + 1)]
+            part = sigma[k] * torch.outer(dense_u[:, k], v_ki)
+            assert_exact(U @ by_joint_direction(group, phi.reshape(1, -1), Q)[0] @ V.mT, part)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: str(layer.ranks))
+def test_joint_directions_are_the_dense_left_singular_vectors(layer: Layer) -> None:
+    (group,), (U, _) = layer.support().groups, layer.bases()
+    Q = U @ joint_directions(group)[0]
+    dense, _, _ = torch.linalg.svd(torch.cat(layer.deltas, 1), full_matrices=False)
+    dense = dense[:, : Q.shape[1]]
+    assert Q.shape[1] == min(sum(layer.ranks), 12)
+    assert_exact(Q * (Q * dense).sum(0).sign(), dense)
+
+
+def test_a_task_of_more_ranks_than_inputs_has_joint_directions_too() -> None:
+    layer = Layer([9, 2], d_out=10, d_in=3)
+    (group,) = layer.support().groups
+    Q = joint_directions(group)[0]
+    assert Q.shape == (10, 10)
+    assert_exact(Q.mT @ Q, torch.eye(10, dtype=torch.float64))
+    everywhere = torch.ones(1, 20, dtype=torch.float64)
+    assert_exact(by_joint_direction(group, everywhere, Q[None])[0], group.cores()[0].sum(0))
 
 
 @pytest.mark.parametrize("space", ["core", "knots", "full"])

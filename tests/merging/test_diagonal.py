@@ -19,8 +19,17 @@ from dynmerge.recipe import Recipe
 from tests.bank_factory import random_adapter
 from tests.merging.dense import ADAPTERS, BANK, bank_of, made_by
 
-DIAGONAL = ("linear", "lora-soups")
-TEXTS = ("linear", "linear;p=4", "linear;p=inf", "linear;scale=0.8", "lora-soups;scale=2")
+DIAGONAL = ("linear", "lora-soups", "tuned", "adamerging", "tara-a")
+TEXTS = (
+    "linear",
+    "linear;p=4",
+    "linear;p=inf",
+    "linear;scale=0.8",
+    "lora-soups;scale=2",
+    "tuned",
+    "adamerging;scale=0.8",
+    "tara-a",
+)
 WEIGHTS: tuple[Mapping[str, float], ...] = (
     {"ada": 0.5, "bob": 0.3, "cyd": 0.2},
     {"ada": 0.6, "bob": 0.4},
@@ -81,15 +90,15 @@ def test_whatever_the_bank(name: str, text: str) -> None:
     st.dictionaries(st.sampled_from(BANK.names), st.integers(-2000, 2000)).filter(
         lambda thousandths: any(thousandths.values())
     ),
-    st.booleans(),
+    st.sampled_from(DIAGONAL),
     st.sampled_from(["1", "1.5", "2", "64", "inf"]),
     st.integers(0, 4000),
 )
 def test_whatever_the_multipliers_and_parameters(
-    thousandths: dict[str, int], soups: bool, p: str, scale: int
+    thousandths: dict[str, int], name: str, p: str, scale: int
 ) -> None:
     weights = {name: value / 1000 for name, value in thousandths.items()}
-    text = "lora-soups" if soups else f"linear;p={p}"
+    text = f"linear;p={p}" if name == "linear" else name
     assert_is_the_merge(BANK, weights, f"{text};scale={scale / 1000}")
 
 
@@ -107,13 +116,7 @@ def test_directions_of_a_skill_that_is_not_asked_for_get_nothing(text: str) -> N
         assert len(set(bob.tolist())) <= 1
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "lora-soups",
-        "linear",
-    ],
-)
+@pytest.mark.parametrize("text", DIAGONAL)
 def test_the_base_model_is_all_zeros(text: str) -> None:
     recipe = Recipe(Preference.base_model(), parse_method(text), BANK.digest)
     assert_close(Diagonal(BANK).of(recipe), torch.zeros(sum(Diagonal(BANK).sizes)))
@@ -137,7 +140,7 @@ def test_there_is_one_number_for_every_rank_of_every_module_in_float32() -> None
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_only_what_weighs_whole_updates_is_diagonal(name: str) -> None:
+def test_only_what_weighs_directions_is_diagonal(name: str) -> None:
     assert is_diagonal(parse_method(name)) == (name in DIAGONAL)
     assert not is_diagonal(parse_method(f"{CALIBRATION}+{name}"))
     if METHODS[name].takes_svc:

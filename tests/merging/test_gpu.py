@@ -29,6 +29,12 @@ def on_cpu(made: Merge) -> Merge:
     [
         "linear;p=4",
         "lora-soups",
+        "tuned",
+        "adamerging",
+        "tara-a",
+        "tara-b",
+        "core",
+        "regmean",
         *(f"{name};space={s}" for name in ("ties", "dare-ties") for s in ("core", "knots", "full")),
         "dare-linear",
         "della",

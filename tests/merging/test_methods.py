@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.build import with_soups
 from dynmerge.errors import DynmergeError, MethodError
-from dynmerge.merging.choice import choose, default_method, parse_method
+from dynmerge.merging.choice import choose, default_method, parse_method, parts_of
 from dynmerge.merging.demands import in_background
 from dynmerge.merging.merge import Merge, Merger, merge
 from dynmerge.merging.methods import METHODS
@@ -42,6 +42,10 @@ WHERE_ONE_SKILL_IS_ITSELF: Mapping[str, str] = {
     "knots-dare-ties": "density=1",
 }
 FLATTENING = ("iso-c", "iso-c-dense", "iso-cts")
+# Calibrated for one bank: its skills, and their order, which is that of their names.
+OF_ONE_BANK = tuple(name for name, row in METHODS.items() if row.needs == name)
+# These weigh the parts of an update apart from each other.
+WITHIN_UPDATES = ("tara-a", "tara-b", "core", "regmean")
 THREE: Mapping[str, float] = {"ada": 0.2, "bob": 0.5, "cyd": 0.3}
 
 
@@ -61,6 +65,10 @@ def composed(text: str) -> Iterator[str]:
     if name != "iso-c-dense":
         yield f"{name}+svc{rest}"
         yield f"pico+{name}+svc{rest}"
+
+
+def takes_negative(method: str) -> bool:
+    return METHODS[parts_of(parse_method(method).name)[1]].takes_negative
 
 
 def with_parameters(text: str, parameters: str) -> str:
@@ -141,7 +149,8 @@ def test_one_skill_at_one_is_that_adapter_and_at_minus_one_its_negative(method: 
     for skill in ("bob",) if "+" in parse_method(method).name else ADAPTERS:
         expected = alone(ADAPTERS[skill])
         assert_same(merged({skill: 1.0}, method), expected)
-        assert_same(merged({skill: -1.0}, method), times(-1, expected))
+        if takes_negative(method):
+            assert_same(merged({skill: -1.0}, method), times(-1, expected))
 
 
 @pytest.mark.parametrize("method", FLATTENING)
@@ -179,7 +188,7 @@ def test_order_does_not_matter_and_weight_zero_is_absence(method: str) -> None:
 UNNAMED = tuple(
     form
     for form in FORMS
-    if not any(word in form for word in ("dare", "della", "lego", "iso-c-dense"))
+    if not any(word in form for word in ("dare", "della", "lego", "iso-c-dense", *OF_ONE_BANK))
 )
 
 
@@ -191,14 +200,15 @@ def test_the_names_of_adapters_do_not_matter_where_nothing_is_drawn(method: str)
     assert_same(merged(weights, method, bank), merged(THREE, method))
 
 
-def sees_the_bases(method: str) -> bool:
-    """Whether a form looks at entries in bases that all skills of the bank share."""
+def sees_the_bank(method: str) -> bool:
+    """Whether a form looks at entries in bases, or at coefficients, of all skills of the bank."""
     choice = parse_method(method)
     values = dict(choice.parameters)
-    return values.get("space") == "core" or "iso-c-dense" in choice.name
+    learned = choice.name in OF_ONE_BANK
+    return values.get("space") == "core" or "iso-c-dense" in choice.name or learned
 
 
-@pytest.mark.parametrize("method", [form for form in FORMS if not sees_the_bases(form)])
+@pytest.mark.parametrize("method", [form for form in FORMS if not sees_the_bank(form)])
 def test_a_skill_without_weight_might_as_well_not_be_in_the_bank(method: str) -> None:
     # In core space it turns the bases, and so the entries; iso-c-dense completes other columns.
     two = bank_of({name: ADAPTERS[name] for name in ("ada", "bob")})
@@ -219,7 +229,7 @@ def test_in_core_space_the_bases_are_the_banks(name: str) -> None:
 
 MIXED: Mapping[str, float] = {"ada": 0.5, "bob": -0.25, "cyd": 0.75}
 # What iso-c-dense completes the null directions with is arbitrary: only its real part is odd.
-ODD = tuple(form for form in FORMS if "iso-c-dense" not in form)
+ODD = tuple(form for form in FORMS if "iso-c-dense" not in form and takes_negative(form))
 
 
 @pytest.mark.parametrize("method", ODD)
@@ -230,8 +240,9 @@ def test_minus_one_negates(method: str) -> None:
 
 @pytest.mark.parametrize("method", FORMS)
 def test_doubling_raw_weights_doubles(method: str) -> None:
-    twice = {skill: 2 * weight for skill, weight in MIXED.items()}
-    assert_same(merged(twice, method), times(2, merged(MIXED, method)))
+    mixed = MIXED if takes_negative(method) else {k: abs(w) for k, w in MIXED.items()}
+    twice = {skill: 2 * weight for skill, weight in mixed.items()}
+    assert_same(merged(twice, method), times(2, merged(mixed, method)))
 
 
 @pytest.mark.parametrize("method", ["ties", "ties;space=full", "pico", "linear+svc"])
@@ -253,7 +264,14 @@ def test_two_different_adapters_at_plus_and_minus_one_leave_no_cross_terms() -> 
 
 # What 0.3 of one skill and 0.7 of another make of a layer that only the first has.
 TWO: Mapping[str, float] = {"ada": 0.7, "cyd": 0.3}
-OF_TWO: Mapping[str, float] = {"linear": 0.3, "dare-linear": 0.3, "tsv-m": 0.3 / 0.7}
+LEARNED = {"ratio": BANK.calibration("adamerging").tensors["layers.1.up.ratio"]}
+OF_TWO: Mapping[str, float] = {
+    "linear": 0.3,
+    "dare-linear": 0.3,
+    "tsv-m": 0.3 / 0.7,
+    "tuned": 0.3 / (0.7**3.5 + 0.3**3.5) ** (1 / 3.5),
+    "adamerging": reference.coefficient("ratio", LEARNED, 2, 2, [0.7, 0.0, 0.3]),
+}
 
 
 def of_two(method: str) -> float:
@@ -270,7 +288,7 @@ def of_two(method: str) -> float:
     [
         with_parameters(form, WHERE_ONE_SKILL_IS_ITSELF.get(name, ""))
         for name in METHODS
-        if name not in FLATTENING
+        if name not in (*FLATTENING, *WITHIN_UPDATES)
         for text in spaces_of(name)
         for form in (
             composed(text) if text in ("linear", "tsv-m", "ties", "knots-ties") else [text]
@@ -330,6 +348,19 @@ def test_lora_soups_at_the_uniform_preference_are_the_learned_weights() -> None:
         }
         bank = with_soups(random_bank(adapters), soups)
         assert_same(merged(dict.fromkeys(adapters, 0.25), "lora-soups", bank), expected)
+
+
+@pytest.mark.parametrize("method", OF_ONE_BANK)
+def test_a_share_of_the_base_model_leaves_the_mix_of_the_others(method: str) -> None:
+    # The preference that is looked up is that of the skills; the sum of weights multiplies.
+    half = merged({"ada": 0.3, "bob": 0.2}, method)
+    assert_same(half, times(0.5, merged({"ada": 0.6, "bob": 0.4}, method)))
+
+
+@pytest.mark.parametrize("method", OF_ONE_BANK)
+def test_a_layer_that_no_skill_of_the_support_changes_stays_as_it_is(method: str) -> None:
+    assert not merged({"ada": 0.6, "bob": 0.4}, method)["layers.1.up"].any()
+    assert merged({"ada": 0.6, "cyd": 0.4}, method)["layers.1.up"].any()
 
 
 # One support under two preferences, and two more supports.
@@ -393,6 +424,9 @@ def test_two_threads_make_the_same_merges_as_one_while_what_is_kept_comes_and_go
 @pytest.mark.usefixtures("alone_made")
 def test_making_merges_leaves_the_bank_as_it_was() -> None:
     untouched = bank_of(ADAPTERS)
+    for own, fresh_one in zip(BANK.calibrations, untouched.calibrations, strict=True):
+        for name, tensor in fresh_one.tensors.items():
+            assert torch.equal(own.tensors[name], tensor)
     for mine, its in zip(BANK.modules, untouched.modules, strict=True):
         for tensor in ("U", "V", "left", "right"):
             assert torch.equal(getattr(mine, tensor), getattr(its, tensor))

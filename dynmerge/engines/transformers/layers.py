@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import CoreLayout, FactorBank, ModuleFactors
+from dynmerge.bank.target import target
 from dynmerge.errors import BankError
 from dynmerge.merging.merge import Merge
 
@@ -103,11 +103,11 @@ class Layers:
         self.plan: Plan | None = None  # what the hooks follow; None: they do nothing
         self._made: tuple[tuple[object, ...], Plan] | None = None  # the last, and what it was for
         self._rows = CoreRows(bank.layout, max_batch, self.dtype, self.device)
-        targets = [_target(model, module) for module in bank.modules]
+        targets = [target(model, module) for module in bank.modules]
         self._first = targets[0], bank.modules[0]
         self._hooks = [
-            target.register_forward_hook(self._hook(index, module))
-            for index, (target, module) in enumerate(zip(targets, bank.modules, strict=True))
+            layer.register_forward_hook(self._hook(index, module))
+            for index, (layer, module) in enumerate(zip(targets, bank.modules, strict=True))
         ]
 
     def check(self) -> None:
@@ -262,30 +262,3 @@ def _piecewise(z: Tensor, cores: Tensor, plan: tuple[Piece, ...]) -> Tensor:
             own = cores[piece.row : piece.row + piece.rows]
             result[piece.start : piece.stop] = torch.bmm(part.unsqueeze(1), own).squeeze(1)
     return result
-
-
-def _target(model: nn.Module, module: ModuleFactors) -> nn.Module:
-    """The layer a module names. Raises BankError where the model has no such linear layer."""
-    try:
-        layer = model.get_submodule(module.name)
-    except AttributeError:
-        raise BankError(f"the base model has no module named {module.name!r}") from None
-    if layer is _output_layer(model):
-        # It sees only the rows that are sampled from, not every token of the batch.
-        raise BankError(f"{module.name} is the output layer, which the engine cannot change")
-    if isinstance(layer, nn.Linear):
-        shape = (layer.out_features, layer.in_features)
-    elif isinstance(layer, Conv1D):
-        shape = (layer.nf, layer.nx)
-    else:
-        raise BankError(f"{module.name} is a {type(layer).__name__}, not a linear layer")
-    if shape != (module.U.shape[0], module.V.shape[0]):
-        raise BankError(
-            f"{module.name} is {shape}, but the bank's is {(module.U.shape[0], module.V.shape[0])}"
-        )
-    return layer
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter else None

@@ -25,10 +25,13 @@ SLOTS = Slots(3, 3, 3, 10)
 METHODS = (
     "linear",
     "lora-soups;scale=2",
+    "tara-a",
+    "adamerging;scale=0.8",
     "linear;p=4",
     "ties",
     "pico+linear",
     "tsv-m",
+    "tara-b",
     "ties;space=full",
     "ties;space=full;rank=2",
     "knots-ties",

@@ -1,0 +1,98 @@
+"""Maps: from a preference to the coefficients that a calibration learned, one batched expression.
+
+A coefficient belongs to one skill: it multiplies that skill's update in one layer, or one direction
+of it. In every form the coefficients of a skill that is absent are 0, and those of the only skill
+are 1: {a: 1} is adapter a, whatever was learned.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Learned tensors by label, stacked over the layers they are for: (members, ...).
+Tables = Mapping[str, Tensor]
+
+
+def ratio(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
+    """phi_k = rho_i / (rho_i + sum_j!=i rho_j exp(h_jk)), i the owner of k; (members, W).
+
+    Tables: `ratio` h (members, N, W). It minimises rho_i (phi - 1)^2 + sum_j rho_j exp(h_jk) phi^2:
+    exp(h_jk) says how much skill j minds direction k beside how much its owner needs it. Where
+    others do not mind, little of a preference buys nearly all of a direction.
+    """
+    log_rho = rho.log()[:, None]  # -inf where absent
+    own = torch.nn.functional.one_hot(owners, len(rho)).mT.bool()  # (N, W)
+    minded = torch.where(own, log_rho, tables["ratio"] + log_rho)
+    shares = log_rho[owners, 0] - torch.logsumexp(minded, dim=-2)
+    return shares.exp()
+
+
+def bubbles(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
+    """phi_k = base_i + sum_jl sqrt(rho_j rho_l) Q_jlk over pairs j < l, i the owner; (members, W).
+
+    base = sqrt(rho) / ||sqrt(rho)||_4. Tables: `bubbles` Q (members, pairs, W).
+    """
+    root = rho.sqrt()
+    base = root / torch.linalg.vector_norm(root, 4)
+    lifted = torch.einsum("f,mfw->mw", pairs(rho), tables["bubbles"])
+    phi: Tensor = (base[owners] + lifted) * (rho[owners] > 0)
+    return phi
+
+
+def gauss_newton(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
+    """phi = (sum_j rho_j H_j)^-1 sum_j rho_j H_j c_j in each layer, c_j adapter j; (members, W).
+
+    Tables: `information` H (members, N, W, W), positive definite. The minimiser of
+    sum_j rho_j (phi - c_j)^T H_j (phi - c_j).
+    """
+    present = rho[owners] > 0
+    both = present[:, None] & present[None]
+    summed = torch.einsum("j,mjvw->mvw", rho, tables["information"])
+    alone = torch.nn.functional.one_hot(owners, len(rho)).mT.to(rho.dtype)  # (N, W)
+    wanted = torch.einsum("j,mjvw,jw->mv", rho, tables["information"], alone)
+    absent = torch.diag_embed((~present).to(rho.dtype))
+    found: Tensor = torch.linalg.solve(torch.where(both, summed, 0) + absent, wanted * present)
+    return found
+
+
+def fixed(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
+    """phi as it was found for one preference, (members, W); no other may ask. Table: `fixed`."""
+    return tables["fixed"].clone()
+
+
+def pairs(rho: Tensor) -> Tensor:
+    """(N (N - 1) / 2,): sqrt(rho_j rho_l) for j < l; all 0 where one skill is alone."""
+    first, second = torch.triu_indices(len(rho), len(rho), offset=1, device=rho.device)
+    return (rho[first] * rho[second]).sqrt()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How coefficients depend on the preference. `start` are its tables before any training."""
+
+    coefficients: Callable[[Tables, Tensor, Tensor], Tensor]
+    # (modules, N, W) -> tables that nearly give Task Arithmetic
+    start: Callable[[int, int, int], dict[str, Tensor]]
+
+
+def _ratio_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
+    # At the uniform preference 1 / (1 + (N - 1) s): 0.64 for six skills, where tuned Task
+    # Arithmetic came out (docs/log.md).
+    return {"ratio": torch.full((modules, tasks, width), 0.11).log()}
+
+
+def _bubbles_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
+    return {"bubbles": torch.zeros(modules, tasks * (tasks - 1) // 2, width)}
+
+
+def _fixed_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
+    return {"fixed": torch.full((modules, width), 0.4)}  # TARA's and AdaMerging's on LoRA
+
+
+FORMS: Mapping[str, Form] = {
+    "ratio": Form(ratio, _ratio_start),
+    "bubbles": Form(bubbles, _bubbles_start),
+    "fixed": Form(fixed, _fixed_start),
+}
