@@ -182,6 +182,56 @@ def test_inspect_gives_json_and_a_picture(run: Run, bank: Path, tmp_path: Path) 
     assert "bank.doc: its ending must be one of" in err
 
 
+def test_full_inspection_adds_diagnostics_to_tables_json_and_pictures(
+    run: Run, bank: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("inspect", bank, "--full", "--plot", tmp_path / "bank.png")
+    assert code == 0
+    assert "all B after Pico" in out
+    assert "rank-1, singular" in out
+    assert (tmp_path / "bank-full.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("inspect", bank, "--full", "--json")
+    told = json.loads(out)
+    assert (code, told["digest"]) == (0, load_bank(bank).digest)
+    assert told["diagnostics"]["kinds"][-1]["name"] == "all"
+    assert "sensitivity" not in told
+
+
+def test_full_inspection_with_texts_runs_the_base_model(
+    run: Run, bank: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    words = []
+    for skill in ("ada", "bob", "cyd", "dee"):
+        file = tmp_path / f"{skill}.jsonl"
+        row = {"prompt": f"Define: {skill}", "answer": f"a preference of {skill}"}
+        file.write_text(json.dumps(row) + "\n")
+        words += ["--texts", f"{skill}={file}"]
+    code, out, _ = run("inspect", bank, "--full", *words)
+    assert code == 0
+    assert "Jacobian of the entropy at equal shares" in out
+    code, out, _ = run("inspect", bank, "--full", "--json", "--base", base_folder, *words)
+    assert code == 0
+    assert json.loads(out)["sensitivity"]["skills"] == ["ada", "bob", "cyd", "dee"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--texts", "ada=ada.jsonl"], "belongs to --full"),
+        (["--full", "--base", "tiny"], "belongs to --texts"),
+        (["--full", "--texts", "ada"], "'ada' is not SKILL=FILE"),
+        (["--full", "--texts", "eve=x.jsonl"], "no skill named 'eve' (known: ada, bob, cyd, dee)"),
+        (["--full", "--texts", "ada=x.jsonl"], "nothing for the skill 'bob'"),
+    ],
+)
+def test_full_inspection_refuses_texts_that_do_not_fit(
+    run: Run, bank: Path, words: list[str], complaint: str
+) -> None:
+    code, out, err = run("inspect", bank, *words)
+    assert (code, out) == (2, "")
+    assert complaint in " ".join(err.replace("│", " ").split())
+
+
 def test_inspect_shows_what_files_say_without_obeying_it(
     run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -31,6 +31,22 @@ class Engine(str, Enum):
     vllm = "vllm"
 
 
+class Objective(str, Enum):
+    """What a calibration learns."""
+
+    distil = "distil"
+    entropy = "entropy"
+    labels = "labels"
+
+
+class Form(str, Enum):
+    """How what is learned depends on the preference."""
+
+    ratio = "ratio"
+    bubbles = "bubbles"
+    fixed = "fixed"
+
+
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
 
 
@@ -111,11 +127,32 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it too: .png, .svg or .pdf.")
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also what merging has to expect: docs/diagnostics.md.")
+    ] = False,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SKILL=FILE",
+            help="With --full: a skill's examples, .jsonl or .txt, one option for every skill;"
+            " the base model is loaded and its sensitivity to the merge measured.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model; by default what the bank was built on.")
+    ] = None,
 ) -> None:
     """Say what a bank holds: its skills, how alike they are, what a merge costs."""
     from dynmerge.cli.inspect import run
 
-    run(bank, json=json, plot=plot)
+    if not full and (texts or base):
+        raise typer.BadParameter(
+            "it belongs to --full", param_hint="--texts" if texts else "--base"
+        )
+    if base and not texts:
+        raise typer.BadParameter("it belongs to --texts", param_hint="--base")
+    examples = named_sources(texts or [], hint="--texts", form="SKILL=FILE")
+    run(bank, json=json, plot=plot, full=full, texts=examples, base=base)
 
 
 @app.command()
@@ -192,6 +229,127 @@ def push(
 
 
 @app.command()
+def calibrate(
+    bank: BankFolder,
+    *,
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="tara-a, tara-b, core, adamerging, regmean or tuned."),
+    ],
+    objective: Annotated[
+        Objective,
+        typer.Option(help="What is learned: the skills' own predictions, certainty, or answers."),
+    ] = Objective.distil,
+    form: Annotated[
+        Form, typer.Option(help="How it follows a preference; fixed serves one, that of --at.")
+    ] = Form.ratio,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="PREFERENCE", help="Of --form fixed; by default all alike."),
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SKILL=FILE",
+            help="A skill's prompts, with or without answers, .jsonl, or texts, .txt. Repeat it."
+            " A skill without one makes its own up.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SKILL=FILE", help="What guards it; by default every fourth of its texts."
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SKILL=A,B,..", help="The answers of a skill that chooses among labels."
+        ),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="TARA's own settings: docs/calibration.md.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples of each skill a step.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="The step size.")] = None,
+    mu: Annotated[float | None, typer.Option(min=1e-6, help="Smooth Tchebycheff's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=8, help="How many texts a skill without a file makes up.")
+    ] = 128,
+    base: Annotated[
+        str | None, typer.Option(help="The base model; by default what the bank was built on.")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Start afresh where one was stopped half-way.")
+    ] = False,
+) -> None:
+    """Learn from texts how to merge a bank's skills, and write a new version of the bank."""
+    from dynmerge.cli import calibrate as command
+
+    asked = command.Asked(
+        method, objective.value, form.value, at, published, steps, batch, rate, mu, seed
+    )
+    wanted = command.Wanted(
+        asked,
+        texts=command.files(named_sources(texts or [], hint="--texts", form="SKILL=FILE")),
+        held_out=command.files(named_sources(held_out or [], hint="--held-out", form="SKILL=FILE")),
+        labels=command.labels(named_sources(labels or [], hint="--labels", form="SKILL=A,B")),
+        samples=samples,
+        base=base,
+        again=again,
+    )
+    command.run(bank, wanted)
+
+
+@app.command()
+def evaluate(
+    bank: BankFolder,
+    tasks: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TASKS.yaml", help="Skill -> file, and labels and limit: docs/evaluate.md."
+        ),
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="What is written goes there.")
+    ],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            help="One, or several with commas between; or repeat it. By default linear.",
+        ),
+    ] = None,
+    preferences: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preferences",
+            "-p",
+            help='Such as "math=0.7, code=0.3", or uniform, corners, grid:STEPS (two or three'
+            " skills). Repeat it. By default uniform and corners.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=100, help="Resamplings for the intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamplings.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Examples that run at once.")] = 16,
+    base: Annotated[
+        str | None, typer.Option(help="The base model; by default what the bank was built on.")
+    ] = None,
+) -> None:
+    """Measure every skill under methods and preferences, with intervals and figures."""
+    from dynmerge.cli.evaluate import Wanted, run
+
+    wanted = Wanted(
+        methods or ["linear"], preferences or ["uniform", "corners"], samples, seed, batch
+    )
+    run(bank, tasks, output, base, wanted)
+
+
+@app.command()
 def methods() -> None:
     """List the merge methods and their parameters."""
     from dynmerge.cli.methods import run
@@ -242,14 +400,16 @@ def serve(
     run(bank, config, base=base, host=host, port=port, engine=chosen, insecure=insecure)
 
 
-def named_sources(pairs: Sequence[str]) -> dict[str, str]:
+def named_sources(
+    pairs: Sequence[str], *, hint: str = "--adapter", form: str = "NAME=SOURCE"
+) -> dict[str, str]:
     """Skill name -> source, from `NAME=SOURCE` each."""
     sources: dict[str, str] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         if not (name and equals and source):
-            raise typer.BadParameter(f"{pair!r} is not NAME=SOURCE", param_hint="--adapter")
+            raise typer.BadParameter(f"{pair!r} is not {form}", param_hint=hint)
         if name in sources:
-            raise typer.BadParameter(f"{name!r} is named twice", param_hint="--adapter")
+            raise typer.BadParameter(f"{name!r} is named twice", param_hint=hint)
         sources[name] = source
     return sources

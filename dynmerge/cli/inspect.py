@@ -1,33 +1,95 @@
 """`dynmerge inspect`: what a bank holds, as tables, as JSON or as a picture."""
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.inspection import BankReport, PairReport, inspect_bank, readable
 from dynmerge.bank.storage import load_bank
+from dynmerge.calibration.diagnostics import Diagnostics, diagnose_bank
 from dynmerge.cli.console import line, progress_bar, table
+from dynmerge.cli.diagnostics import say_diagnostics
+
+if TYPE_CHECKING:
+    from dynmerge.calibration.sensitivity import Sensitivity
 
 MAX_PAIRS = 12  # lines about pairs, those that differ most from chance
 
 
-def run(folder: Path, *, json: bool, plot: Path | None) -> None:
-    """Print the report on the bank in `folder`, and draw it where asked."""
+def run(
+    folder: Path,
+    *,
+    json: bool,
+    plot: Path | None,
+    full: bool,
+    texts: Mapping[str, str],
+    base: str | None,
+) -> None:
+    """Print the report on the bank in `folder`, and draw it where asked.
+
+    `full` adds what merging has to expect, and with `texts` (skill -> file) the sensitivity.
+    """
     if plot is not None:
         # Imported where it is wanted, because matplotlib loads slowly.
         from dynmerge.bank.plot import check_picture, save_plot
 
         check_picture(plot)
+    bank = load_bank(folder)
     with progress_bar() as start:
-        report = inspect_bank(load_bank(folder), progress=start("comparing"))
+        report = inspect_bank(bank, progress=start("comparing"))
+        found = diagnose_bank(bank, progress=start("diagnosing")) if full else None
+    sensitivity = _sensitivity(folder, bank, texts, base) if texts else None
     if json:
-        print(report.to_json())
+        print(_as_json(report, found, sensitivity))
     else:
         _say(report)
-    if plot is not None:
-        save_plot(report, plot)
-        if not json:
-            line()
-            line(f"drawn   {plot}")
+        if found is not None:
+            say_diagnostics(found, sensitivity)
+    if plot is None:
+        return
+    save_plot(report, plot)
+    drawn = [plot]
+    if found is not None:
+        from dynmerge.calibration.figures import save_figures
+
+        drawn.append(plot.with_stem(f"{plot.stem}-full"))
+        save_figures(found, sensitivity, drawn[-1])
+    if not json:
+        line()
+        line(f"drawn   {', '.join(map(str, drawn))}")
+
+
+def _sensitivity(
+    folder: Path, bank: FactorBank, texts: Mapping[str, str], base: str | None
+) -> "Sensitivity":
+    """The Jacobian of each skill's entropy on its texts, by the bank's base model."""
+    from dynmerge.calibration.language import load_examples
+    from dynmerge.calibration.sensitivity import measure_sensitivity
+    from dynmerge.cli.student import check_skills, open_student
+
+    check_skills(bank, texts, source="--texts")
+    student, model = open_student(folder, bank, base)
+    examples = {
+        name: load_examples(model.model, model.tokenizer, Path(file))
+        for name, file in texts.items()
+    }
+    with progress_bar() as start:
+        return measure_sensitivity(student, examples, progress=start("differentiating"))
+
+
+def _as_json(
+    report: BankReport, found: Diagnostics | None, sensitivity: "Sensitivity | None"
+) -> str:
+    if found is None:
+        return report.to_json()
+    more = {"diagnostics": asdict(found)}
+    if sensitivity is not None:
+        more["sensitivity"] = asdict(sensitivity)
+    return dumps({**asdict(report), **more}, indent=2)
 
 
 def _say(report: BankReport) -> None:

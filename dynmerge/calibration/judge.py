@@ -1,0 +1,68 @@
+"""Judge: the held-out score that guards a calibration: how far merges are from the skills alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmerge.calibration import draws
+from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.plan import Objective
+from dynmerge.calibration.student import Student
+from dynmerge.calibration.teachers import Lesson, anchor, lessons
+
+LEAST_GAP = 1e-3  # in nats: what a skill that changes nothing is divided by
+BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The mean over fixed preferences of sum_i rho_i gap_i, 1 being the gap of the base model.
+
+    Always measured against the adapters themselves, or against labels where those teach: entropy
+    falls while accuracy does.
+    """
+
+    student: Student
+    lessons: Sequence[Lesson]
+    anchors: Sequence[float]
+    scales: Sequence[float]
+    preferences: Sequence[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        student: Student,
+        held_out: Mapping[str, Examples],
+        objective: Objective,
+        at: Tensor | None = None,
+    ) -> "Judge":
+        """The judge at one preference, or at the centre and four others."""
+        measure: Objective = "labels" if objective == "labels" else "distil"
+        found = lessons(student, held_out, measure, BATCH)
+        anchors = [anchor(student, task, lesson) for task, lesson in enumerate(found)]
+        base = [lesson.mean(BATCH) for lesson in found]
+        scales = [max(gap - z, LEAST_GAP) for gap, z in zip(base, anchors, strict=True)]
+        generator = torch.Generator().manual_seed(0)
+        others = [draws.preference(len(found), generator) for _ in range(8)]
+        middle = draws.centre(len(found))
+        several = [middle, *[rho for rho in others if not rho.equal(middle)][:4]]
+        return cls(student, found, anchors, scales, several if at is None else [at])
+
+    @torch.no_grad()
+    def score(self, cores: Callable[[Tensor], Sequence[Tensor]]) -> float:
+        """Of a map from preferences to cores. Lower is better; 0 is every adapter itself."""
+        return sum(self.at(rho, cores(rho)) for rho in self.preferences) / len(self.preferences)
+
+    @torch.no_grad()
+    def at(self, rho: Tensor, cores: Sequence[Tensor]) -> float:
+        """The weighted gap at one preference."""
+        with self.student.under(cores):
+            return sum(
+                float(rho[task]) * (lesson.mean(BATCH) - z) / scale
+                for task, (lesson, z, scale) in enumerate(
+                    zip(self.lessons, self.anchors, self.scales, strict=True)
+                )
+                if rho[task]
+            )

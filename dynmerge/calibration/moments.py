@@ -1,0 +1,34 @@
+"""Moments: what each adapter's own text looks like to the shared bases, one forward pass a task."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dynmerge.calibration.draws import alike
+from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.student import Student
+from dynmerge.calibration.teachers import alone
+
+
+@torch.no_grad()
+def second_moments(
+    student: Student, texts: Mapping[str, Examples], batch: int = 32
+) -> list[Tensor]:
+    """S (tasks, q, q) per module: the mean of z z^T, z = V^T x, x over task i's tokens.
+
+    Under adapter i, as RegMean takes activations of the fine-tuned models. Padding is left out.
+    """
+    modules = student.bank.modules
+    sums = [torch.zeros(len(student.bank.tasks), *2 * [m.V.shape[1]]) for m in modules]
+    counts = torch.zeros(len(modules), len(student.bank.tasks))
+    for task, name in enumerate(student.bank.names):
+
+        def see(module: int, x: Tensor, z: Tensor, task: int = task) -> None:
+            sums[module][task] += z.mT @ z
+            counts[module, task] += len(z)
+
+        with student.under(alone(student.bank, task)), student.watching(see):
+            for rows in alike(texts[name].lengths(), batch):
+                texts[name].logits(rows)
+    return [total / count[:, None, None] for total, count in zip(sums, counts, strict=True)]

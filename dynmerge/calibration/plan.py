@@ -1,0 +1,55 @@
+"""Plan: what a calibration is asked to learn, and how: all that decides its result but the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Objective = Literal["distil", "entropy", "labels"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Settings of one calibration.
+
+    `at` is the one preference (tasks,) that form `fixed` is found for. Gaps f_i - z_i are divided
+    by the gap that the start leaves, if `normalise`; `mu` is smooth Tchebycheff's, in those units.
+    `rate` is the step size, in units of a table's own scale; `decay` is AdamW's; `pull` is the
+    weight of the tables' mean squared distance from their start. The held-out score is taken every
+    `check` steps; `patience` checks without a better one end it.
+    """
+
+    method: str
+    form: str = "ratio"
+    objective: Objective = "distil"
+    at: tuple[float, ...] | None = None
+    steps: int = 200
+    batch: int = 8
+    rate: float = 0.1
+    decay: float = 0.0
+    mu: float = 0.1
+    normalise: bool = True
+    pull: float = 0.0
+    check: int = 25
+    patience: int = 3
+    seed: int = 0
+
+
+def published(method: str, at: tuple[float, ...], seed: int = 0) -> Plan:
+    """TARA's own settings (arXiv:2603.26299 and its code): one preference, entropy, a plain sum.
+
+    Every gap counts as it is, and at mu = 1 the scalarisation hardly trades off.
+    """
+    return Plan(
+        method,
+        form="fixed",
+        objective="entropy",
+        at=at,
+        steps=500,
+        batch=16,
+        rate=1e-3,
+        decay=0.01,
+        mu=1.0,
+        normalise=False,
+        check=50,
+        patience=10,
+        seed=seed,
+    )

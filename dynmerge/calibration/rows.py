@@ -1,0 +1,75 @@
+"""Row: a prompt with or without its answer, or a text, and the files that hold them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dynmerge.errors import ExamplesError
+
+PROMPT, ANSWER, TEXT = "prompt", "answer", "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example before it is tokens: `prompt` and perhaps `answer`, or `text` alone.
+
+    `ended` is False for an answer that was cut off. `place` is for errors.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    text: str | None = None
+    ended: bool = True
+    place: str = field(default="a row", compare=False)
+
+
+def read_texts(path: Path) -> list[Row]:
+    """The rows of a file: `.jsonl` with `prompt` and perhaps `answer`, or with `text`; `.txt` with
+    one text a line. Blank lines are skipped, other keys are let be.
+
+    Raises ExamplesError naming file, line and key.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ExamplesError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExamplesError(f"{path} is not UTF-8: {error.reason}") from error
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise ExamplesError(f"{path} is neither .jsonl nor .txt")
+    rows = [reader(line.rstrip("\r"), f"{path}:{number}") for number, line in _numbered(lines)]
+    if not rows:
+        raise ExamplesError(f"{path} has no rows")
+    return rows
+
+
+def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _plain(line: str, place: str) -> Row:
+    return Row(text=line, place=place)
+
+
+def _parsed(line: str, place: str) -> Row:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ExamplesError(f"{place}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ExamplesError(f"{place}: not an object with {PROMPT} or {TEXT}")
+    found = {key: data[key] for key in (PROMPT, ANSWER, TEXT) if data.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise ExamplesError(f"{place}: {key} is not a text with something in it")
+    if (PROMPT in found) == (TEXT in found):
+        both = "both" if TEXT in found else "neither of"
+        raise ExamplesError(f"{place}: {both} {PROMPT} and {TEXT}; a row has one of them")
+    if ANSWER in found and TEXT in found:
+        raise ExamplesError(f"{place}: {ANSWER} belongs to a {PROMPT}, not to a {TEXT}")
+    return Row(**found, place=place)
+
+
+READERS: Mapping[str, Callable[[str, str], Row]] = {".jsonl": _parsed, ".txt": _plain}

@@ -1,0 +1,102 @@
+"""Teachers: how far a merge is from what each skill wants, on that skill's own examples.
+
+Measured by an objective: divergence from the skill's own adapter, entropy, or labels. The anchor
+z_i is the same measure under adapter i alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmerge.bank.bank import FactorBank
+from dynmerge.calibration.draws import alike
+from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.objective import cross_entropy, divergence, entropy
+from dynmerge.calibration.plan import Objective
+from dynmerge.calibration.student import Student
+from dynmerge.errors import ExamplesError
+
+
+def alone(bank: FactorBank, task: int) -> list[Tensor]:
+    """The cores of one task at 1, module after module."""
+    return [module.core(task) for module in bank.modules]
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """One skill's examples and what measures a prediction on them."""
+
+    examples: Examples
+    measure: Callable[[Sequence[int], Tensor], Tensor]  # rows, logits (n, classes) -> (n,)
+
+    def loss(self, rows: Sequence[int]) -> Tensor:
+        """The mean over the predictions of these rows, under what the student carries."""
+        return self.measure(rows, self.examples.logits(rows)).mean()
+
+    @torch.no_grad()
+    def mean(self, batch: int) -> float:
+        """The mean over all rows."""
+        total, count = 0.0, 0
+        for rows in alike(self.examples.lengths(), batch):
+            found = self.measure(rows, self.examples.logits(rows))
+            total, count = total + float(found.sum()), count + len(found)
+        return total / count
+
+
+def lessons(
+    student: Student, examples: Mapping[str, Examples], objective: Objective, batch: int
+) -> list[Lesson]:
+    """One lesson per task of the bank, in its order. Raises ExamplesError on one without examples.
+
+    For distillation every adapter predicts its examples once.
+    """
+    found = []
+    for task, name in enumerate(student.bank.names):
+        if name not in examples:
+            raise ExamplesError(f"no texts for the skill {name!r} (given: {', '.join(examples)})")
+        found.append(_lesson(student, task, examples[name], objective, batch))
+    return found
+
+
+def anchor(student: Student, task: int, lesson: Lesson, batch: int = 64) -> float:
+    """z_i: the measure under adapter i alone."""
+    with student.under(alone(student.bank, task)):
+        return lesson.mean(batch)
+
+
+def _lesson(
+    student: Student, task: int, examples: Examples, objective: Objective, batch: int
+) -> Lesson:
+    if objective == "entropy":
+        return Lesson(examples, lambda rows, logits: entropy(logits))
+    if objective == "labels":
+
+        def against_labels(rows: Sequence[int], logits: Tensor) -> Tensor:
+            targets = examples.targets(rows)
+            if targets is None:
+                raise ExamplesError(
+                    f"objective labels: the texts of {student.bank.names[task]!r} have no answers"
+                )
+            return cross_entropy(targets, logits)
+
+        return Lesson(examples, against_labels)
+    taught = _taught(student, task, examples, batch)
+
+    def against_teacher(rows: Sequence[int], logits: Tensor) -> Tensor:
+        return divergence(torch.cat([taught[row] for row in rows]).float(), logits)
+
+    return Lesson(examples, against_teacher)
+
+
+@torch.no_grad()
+def _taught(student: Student, task: int, examples: Examples, batch: int) -> dict[int, Tensor]:
+    """By row, what the adapter alone predicts. Half precision: a vocabulary is long."""
+    taught: dict[int, Tensor] = {}
+    with student.under(alone(student.bank, task)):
+        for rows in alike(examples.lengths(), batch):
+            logits = examples.logits(rows)
+            logits = (logits - logits.amax(-1, keepdim=True)).half()
+            taught |= zip(rows, logits.split(examples.counts(rows)), strict=True)
+    return taught

@@ -1,0 +1,173 @@
+"""Training: tables of a map from preference to merge, learned from each skill's own examples.
+
+Gradient descent over preferences drawn at random, guarded by held-out examples: what is kept is
+never worse there than the start. Can be stopped after any check and taken up again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmerge.calibration import draws
+from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.judge import LEAST_GAP, Judge
+from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.objective import smooth_tchebycheff
+from dynmerge.calibration.plan import Plan
+from dynmerge.calibration.student import Student
+from dynmerge.calibration.teachers import anchor, lessons
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Steps done, the mean training loss since the last check, and the held-out score now."""
+
+    step: int
+    loss: float | None
+    score: float
+
+
+class Training:
+    """One calibration on its way. `checks` are the held-out scores so far, the start's first."""
+
+    def __init__(
+        self,
+        student: Student,
+        texts: Mapping[str, Examples],
+        held_out: Mapping[str, Examples],
+        plan: Plan,
+        start: Learned | None = None,
+    ) -> None:
+        self.plan = plan
+        self._student = student
+        self._generator = torch.Generator().manual_seed(plan.seed)
+        self.learned = (start or Learned.start(student.bank, plan.method, plan.form)).clone()
+        self.best = self._origin = self.learned.clone()
+        self._lessons = lessons(student, texts, plan.objective, 4 * plan.batch)
+        at = None if plan.at is None else torch.tensor(plan.at)
+        self._judge = Judge.of(student, held_out, plan.objective, at)
+        self._anchors = [anchor(student, task, each) for task, each in enumerate(self._lessons)]
+        self._scales = self._normalisers()
+        self._rows = [
+            draws.Rows(each.examples.lengths(), plan.batch, self._generator)
+            for each in self._lessons
+        ]
+        self._tables = [table.requires_grad_() for _, table in self.learned.parameters()]
+        self._units = [_unit(label, self.learned) for label, _ in self.learned.parameters()]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [table], "lr": plan.rate * unit}
+                for table, unit in zip(self._tables, self._units, strict=True)
+            ],
+            weight_decay=plan.decay,
+        )
+        self._losses: list[float] = []
+        self.step = 0
+        self.checks = [Check(0, None, self._judge.score(self.learned.cores))]
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are made, or the score has not fallen for long enough."""
+        best = min(self.checks, key=lambda check: check.score).step
+        patience = self.plan.patience * self.plan.check
+        return self.step >= self.plan.steps or self.step - best >= patience
+
+    def run(self, report: Callable[["Training"], None] = lambda _: None) -> Learned:
+        """Train to the end; `report` is called after each check. The best tables on held-out."""
+        while not self.done:
+            for _ in range(min(self.plan.check, self.plan.steps - self.step)):
+                self._advance()
+            self._check()
+            report(self)
+        return self.best
+
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on, as torch.save takes it."""
+        return {
+            "step": self.step,
+            "learned": self.learned.clone().tables,
+            "best": self.best.tables,
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "rows": [rows.left for rows in self._rows],
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which a training of the same plan, bank and texts had."""
+        self.step = state["step"]
+        self.checks = [Check(**check) for check in state["checks"]]
+        self._generator.set_state(state["generator"])
+        for rows, left in zip(self._rows, state["rows"], strict=True):
+            rows.left = [list(batch) for batch in left]
+        self.best = self.best.holding(state["best"])
+        held = self.learned.holding(state["learned"])
+        with torch.no_grad():
+            for table, (_, value) in zip(self._tables, held.parameters(), strict=True):
+                table.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _advance(self) -> None:
+        plan, tasks = self.plan, len(self._lessons)
+        rho = torch.tensor(plan.at) if plan.at else draws.preference(tasks, self._generator)
+        present = [task for task in range(tasks) if rho[task]]
+        with self._student.under(self.learned.cores(rho)):
+            gaps = torch.stack([self._gap(task) for task in present])
+        loss = smooth_tchebycheff(gaps, rho[present], plan.mu)
+        if plan.pull:
+            loss = loss + plan.pull * self._distance()
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._losses.append(float(loss.detach()))
+        self.step += 1
+
+    def _gap(self, task: int) -> Tensor:
+        loss = self._lessons[task].loss(self._rows[task].take())
+        return (loss - self._anchors[task]) / self._scales[task]
+
+    def _distance(self) -> Tensor:
+        """The mean over tables of the squared distance from the start, in their own units."""
+        pulls = [
+            ((table - first) / unit).square().mean()
+            for table, (_, first), unit in zip(
+                self._tables, self._origin.parameters(), self._units, strict=True
+            )
+        ]
+        return torch.stack(pulls).mean()
+
+    def _check(self) -> None:
+        score = self._judge.score(self.learned.cores)
+        if score < min(check.score for check in self.checks):
+            self.best = self.learned.clone()
+        loss = sum(self._losses) / len(self._losses)
+        self.checks.append(Check(self.step, loss, score))
+        self._losses = []
+
+    def _normalisers(self) -> list[float]:
+        """f_i - z_i at the start, at `at` or the centre; 1 each where gaps count as they are."""
+        if not self.plan.normalise:
+            return [1.0] * len(self._lessons)
+        at = self.plan.at
+        rho = draws.centre(len(self._lessons)) if at is None else torch.tensor(at)
+        with torch.no_grad(), self._student.under(self.learned.cores(rho)):
+            return [
+                max(abs(lesson.mean(64) - z), LEAST_GAP)
+                for lesson, z in zip(self._lessons, self._anchors, strict=True)
+            ]
+
+
+def improved(checks: Sequence[Check]) -> bool:
+    """Whether anything was better on held-out examples than the start."""
+    return min(check.score for check in checks) < checks[0].score
+
+
+def _unit(label: str, learned: Learned) -> float:
+    """What 1 means for a table: the cores' own size for `tables`, else 1."""
+    if label != "tables":
+        return 1.0
+    sizes = [group.cores().square().mean().sqrt() for group in learned.bank.groups]
+    return float(torch.stack(sizes).mean())

@@ -1,0 +1,55 @@
+"""Tasks: the YAML file that says which examples each skill is evaluated on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dynmerge.errors import ConfigError
+
+
+class Task(BaseModel):
+    """A skill's examples: `file`, beside the tasks' own; `labels` if answers are labels; at most
+    `limit` rows, the first ones.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: Path
+    labels: list[str] | None = Field(default=None, min_length=2)
+    limit: int | None = Field(default=None, ge=1)
+
+
+def read_tasks(path: Path) -> dict[str, Task]:
+    """Skill -> its task. Raises ConfigError naming the file and the key."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {reason}") from None
+    try:
+        tasks = TypeAdapter(dict[str, Task]).validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explained(error)}") from None
+    if not tasks:
+        raise ConfigError(f"{path} names no skill")
+    return {skill: _placed(task, path.parent) for skill, task in tasks.items()}
+
+
+def _placed(task: Task, folder: Path) -> Task:
+    return task.model_copy(update={"file": folder / task.file.expanduser()})
+
+
+def _explained(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=True)[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: no such key (known: {', '.join(Task.model_fields)})"
+    if isinstance(first["input"], bool) and first["type"] == "string_type":
+        return f"{where}: YAML reads {first['input']} there; put the word in quotes"
+    if first["type"] == "model_type" or not isinstance(first["input"], Mapping | str | int | list):
+        return f"{where}: {first['msg']}; write SKILL: {{file: FILE}}"
+    return f"{where}: {first['msg']}"

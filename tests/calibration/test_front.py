@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+from dynmerge.calibration.bootstrap import Estimate
+from dynmerge.calibration.front import (
+    dominated_volume,
+    hypervolume,
+    monotonicity,
+    on_front,
+    steps,
+)
+from dynmerge.calibration.simplex import corners, even_grid, uniform
+from dynmerge.errors import ConfigError
+from dynmerge.preference import Preference
+from tests import reference
+
+
+@pytest.mark.parametrize("skills", [1, 2, 3, 4])
+def test_the_dominated_volume_is_that_of_the_union_of_boxes(skills: int) -> None:
+    points = torch.rand(9, skills, generator=torch.Generator().manual_seed(skills))
+    corner = torch.full((skills,), 0.1)
+    expected = reference.hypervolume(points.double().tolist(), corner.double().tolist())
+    assert dominated_volume(points, corner) == pytest.approx(expected, abs=1e-9)
+
+
+def sure(*values: float, spread: float = 0.0) -> dict[str, Estimate]:
+    """Estimates of skills a, b, ...; every resampling says the same but for `spread`."""
+    luck = torch.linspace(-spread, spread, 101, dtype=torch.float64)
+    return {chr(97 + n): Estimate(value, value + luck) for n, value in enumerate(values)}
+
+
+def test_the_hypervolume_is_resampled() -> None:
+    points = [sure(1.0, 0.5), sure(0.5, 1.0), sure(0.4, 0.4)]
+    found = hypervolume(points).interval()
+    assert found.value == found.low == found.high == pytest.approx(0.75)
+    assert hypervolume(points, reference=0.5).value == 0
+    found = hypervolume([sure(1.0, 0.5, spread=0.1)]).interval()
+    assert found.value == pytest.approx(0.5)
+    assert found.low < 0.45
+    assert found.high > 0.55
+    assert math.isnan(hypervolume([sure(1.0, math.nan)]).value)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [sure(1.0, 0.2), sure(0.5, 0.5), sure(0.4, 0.5), sure(0.2, 1.0), sure(0.5, 0.5)]
+    assert on_front(points) == [True, True, False, True, True]
+
+
+def test_steps_lead_to_the_next_preference_that_gives_more_to_one_at_another_s_cost() -> None:
+    grid = even_grid(["a", "b"], 2)
+    assert [grid[2].weights, grid[1].weights] == [{"b": 1.0}, {"a": 0.5, "b": 0.5}]
+    assert sorted(steps(grid, ["a", "b"])) == [(0, 1, "b"), (1, 0, "a"), (1, 2, "b"), (2, 1, "a")]
+    three = even_grid(["a", "b", "c"], 4)
+    # Each of the 6 directions has lines of 5, 4, 3 and 2 points.
+    assert len(steps(three, ["a", "b", "c"])) == 6 * (4 + 3 + 2 + 1)
+    raw = [
+        Preference.of({"a": 1.0, "b": 0.5}, normalize=False),
+        Preference.of({"a": 0.5, "b": 0.2}, normalize=False),
+    ]
+    assert steps(raw, ["a", "b"]) == []
+    assert steps([*corners(["a", "b"]), *corners(["a", "b"])], ["a", "b"]).count((0, 1, "b")) <= 1
+
+
+def test_monotonicity_counts_steps_that_do_not_fall() -> None:
+    grid = even_grid(["a", "b"], 2)  # a=1, half, b=1
+    rising = [sure(0.9, 0.1), sure(0.6, 0.5), sure(0.2, 0.8)]
+    found = monotonicity(grid, rising)
+    assert (found.steps, found.as_measured, found.within) == (4, 4, 4)
+    falling = [sure(0.5, 0.1), sure(0.6, 0.5), sure(0.2, 0.8)]  # a falls from half to a=1
+    found = monotonicity(grid, falling)
+    assert (found.steps, found.as_measured, found.within) == (4, 3, 3)
+    unsure = [sure(0.5, 0.1, spread=0.3), sure(0.6, 0.5, spread=-0.3), sure(0.2, 0.8)]
+    found = monotonicity(grid, unsure)
+    assert (found.as_measured, found.within) == (3, 4)
+
+
+def test_words_for_preferences() -> None:
+    assert [str(found) for found in corners(["b", "a"])] == ["b=1", "a=1"]
+    assert uniform(["a", "b"]).weights == {"a": 0.5, "b": 0.5}
+    assert len(even_grid(["a", "b", "c"], 5)) == 21
+    assert str(even_grid(["a", "b", "c"], 5)[1]) == "a=0.8, b=0.2"
+    with pytest.raises(ConfigError, match="two or three skills; here are 4"):
+        even_grid(["a", "b", "c", "d"], 5)
+    with pytest.raises(
+        ConfigError, match="3 steps is not even in thousandths; take one of 1, 2, 4"
+    ):
+        even_grid(["a", "b"], 3)

@@ -1,0 +1,155 @@
+"""`dynmerge evaluate`, end to end on the tiny bank."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynmerge.bank.storage import load_bank
+from dynmerge.cli import main
+from dynmerge.merging.choice import parse_method
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+
+Run = Callable[..., tuple[int, str, str]]
+TASKS = """
+ada: {file: ada.jsonl, limit: 6}
+bob:
+  file: bob.jsonl
+  labels: ["yes", "no"]
+"""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        code = ended.value.code
+        return (0 if code is None else int(code), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bank(
+    base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("banks") / "bank"
+    pairs = [f"--adapter={name}={adapter_folders[name]}" for name in ("ada", "bob", "cyd")]
+    with pytest.raises(SystemExit) as ended:
+        main(["build", str(base_folder), *pairs, "-o", str(folder)])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"mix {n}", "answer": "abcdefgh"[n:], "key": n} for n in range(8)]
+    (tmp_path / "ada.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"prompt": f"mix {n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
+    (tmp_path / "bob.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "tasks.yaml"
+    path.write_text(TASKS)
+    return path
+
+
+def test_evaluate_writes_numbers_tables_and_figures(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    code, shown, _ = run(
+        "evaluate", bank, tasks, "-o", out, "--methods", "linear, ties;density=0.3",
+        "-m", "pico+linear", "-p", "grid:2", "-p", "corners uniform", "-p", "ada=0.7, cyd=0.3",
+        "--samples", 100, "--batch", 3,
+    )  # fmt: skip
+    assert code == 0
+    assert shown.splitlines()[-1] == str(out)
+    data = json.loads((out / "results.json").read_text())
+    # The corners are on the grid, and so are equal shares: no merge is evaluated twice.
+    wishes = ["ada=1", "ada=0.5, bob=0.5", "bob=1", "ada=0.7, cyd=0.3"]
+    methods = ["linear", "ties;density=0.3", "pico+linear"]
+    assert [(merge["method"], merge["preference"]) for merge in data["merges"]] == [
+        (method, wish) for method in methods for wish in wishes
+    ]
+    assert data["bank"] == load_bank(bank).digest
+    assert len(data["tasks"]["ada"]["predictions"]) == 6
+    assert data["tasks"]["bob"]["predictions"] == [1] * 8
+    assert len(data["merges"][5]["skills"]["bob"]["right"]) == 8
+    expected = Recipe(Preference.of({"ada": 0.7, "cyd": 0.3}), parse_method("linear"), data["bank"])
+    assert data["merges"][3]["recipe"] == expected.digest
+    assert "| ties;density=0.3 | ada=1 |" in (out / "results.md").read_text()
+    assert "own adapter" in shown
+    for picture in ("curves.png", "front.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_by_default_linear_at_the_corners_and_in_the_middle(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path
+) -> None:
+    code, _, _ = run("evaluate", bank, tasks, "-o", tmp_path, "--samples", 100)
+    assert code == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [merge["preference"] for merge in data["merges"]] == [
+        "ada=0.5, bob=0.5", "ada=1", "bob=1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("eve: {file: ada.jsonl}", "no skill named 'eve' (known: ada, bob, cyd)"),
+        ("ada: {file: none.jsonl}", "none.jsonl cannot be read: No such file"),
+        ("ada: {file: ada.jsonl, lables: [a, b]}", "ada.lables: no such key (known: file, labels"),
+        ("ada: {file: ada.jsonl, limit: 0}", "ada.limit: Input should be greater than"),
+        ("ada: {labels: [a, b]}", "ada.file: Field required"),
+        ("bob: {file: bob.jsonl, labels: [yes, no]}", "YAML reads True there; put the word in q"),
+        ("bob: {file: bob.jsonl, labels: [one]}", "bob.labels: List should have at least 2"),
+        ("bob: {file: bob.jsonl, labels: [a, b]}", "bob.jsonl:1: the answer 'yes' is no label"),
+        ("bob: {file: open.jsonl, labels: [a, b]}", "the examples of 'bob' have no answers"),
+        ("bob: {file: open.jsonl}", "open.jsonl:1 has no answer"),
+        ("ada", "the file: "),
+        ("ada: ada.jsonl", "ada: "),
+        ("{}", "names no skill"),
+        ("ada: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_task_is_named(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}')
+    tasks.write_text(text)
+    code, out, err = run("evaluate", bank, tasks, "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("-p", "eve=1"), "no skill named 'eve'"),
+        (("-p", "grid:3"), "a grid of 3 steps is not even in thousandths"),
+        (("-m", "tiez"), "--methods: no method 'tiez'"),
+        (("-m", "lora-soups"), "--methods: lora-soups needs learned weights"),
+    ],
+)
+def test_a_wrong_wish_is_named_before_the_model_is_loaded(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path, words: tuple[str, str], reason: str
+) -> None:
+    code, _, err = run("evaluate", bank, tasks, "-o", tmp_path / "out", *words, "--base", "/none")
+    assert code == 2
+    assert reason in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("evaluate", bank, tasks, "-o", tasks)
+    assert code == 2
+    assert "tasks.yaml cannot be a folder" in err
+    code, _, err = run("evaluate", bank, tmp_path / "none.yaml", "-o", tmp_path / "out")
+    assert code == 2
+    assert "none.yaml cannot be read" in err
