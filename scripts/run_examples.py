@@ -19,11 +19,12 @@ def run(*command: str) -> None:
 
 
 def main() -> None:
-    """The demo once, then the examples that want a bank or a server."""
+    """The demo once, then the examples that want its base model, a bank or a server."""
     folder = ROOT / ".cache" / "demo-bank"
     run("dictionary/demo.py", "--bank", str(folder), "--port", "0", "--once")
     bank = demo_bank(folder)
     run("merge_and_export.py", str(bank))
+    run("osrm_training.py", "--steps", "2", "--targets", "v_proj")
     with served(bank, 0) as url:
         run("openai_client.py", url)
 

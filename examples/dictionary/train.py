@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(PLANS)}")
     parser.add_argument("--jobs", type=int, default=2, help="adapters trained at a time (2)")
     parser.add_argument("--out", type=Path, default=ADAPTERS)
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the training ({SEED})")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(PLANS))
     if unknown:
@@ -85,30 +86,30 @@ def main() -> None:
     # The longest training first, so that the processes end together.
     names = sorted(options.names or PLANS, key=lambda name: -PLANS[name].epochs)
     if len(names) == 1:
-        train(names[0], options.out)
+        train(names[0], options.out, options.seed)
         return
     began = time.monotonic()
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: train_apart(name, options.out), names))
+        list(pool.map(lambda name: train_apart(name, options.out, options.seed), names))
     say(f"{len(names)} adapters in {(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def train_apart(name: str, out: Path) -> None:
+def train_apart(name: str, out: Path, seed: int) -> None:
     """Train one adapter in a process of one thread."""
     subprocess.run(
-        [sys.executable, __file__, name, "--out", str(out)],
+        [sys.executable, __file__, name, "--out", str(out), "--seed", str(seed)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
     )
 
 
-def train(name: str, out: Path) -> None:
+def train(name: str, out: Path, seed: int) -> None:
     """Train one adapter and write it to `out/name`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
     plan, began = PLANS[name], time.monotonic()
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_model())
     rows = {part: encode(examples(name, part), tokenizer) for part in ("train", "validation")}
     # float32: many processors have no bfloat16 arithmetic and are three times slower in it.
@@ -128,7 +129,7 @@ def train(name: str, out: Path) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0)
     steps = plan.epochs * math.ceil(len(rows["train"]) / BATCH)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    order = random.Random(SEED)
+    order = random.Random(seed)
     for epoch in range(plan.epochs):
         losses = []
         for batch in batches(rows["train"], order):

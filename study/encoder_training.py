@@ -1,0 +1,179 @@
+"""Train the encoder suite's adapters with PEFT: one for each task, and one on all tasks together.
+
+Two one-thread processes beat one two-thread process, so every adapter is trained by a process of
+its own, two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.dictionary.data import say
+from study.encoder import NAME, EncoderExamples, accuracy, adapter_folder, examples, model
+from study.encoder_tasks import TASKS
+
+JOINT = "joint"
+MODULES = ("query", "value", "attention.output.dense")
+RANK, ALPHA = 8, 16
+EPOCHS, BATCH, RATE = 3, 16, 3e-3
+
+Batch = tuple[str, list[int]]  # a task, and rows of its examples
+
+
+def train(
+    tasks: Sequence[str],
+    seed: int,
+    folder: Path,
+    *,
+    A: Mapping[str, Tensor] | None = None,
+    freeze_A: bool = False,
+    rank: int = RANK,
+    alpha: int = ALPHA,
+    rate: float = RATE,
+    epochs: int = EPOCHS,
+) -> None:
+    """Train one adapter on the `train` rows of `tasks` and write it to `folder` as PEFT does.
+
+    `A` gives lora_A (r, d_in) its start by the base model's name of the layer
+    (`encoder.layer.0.attention.self.query`), for every adapted layer or for some; `freeze_A` keeps
+    it there. With several tasks, every batch is of one task, in random order. Raises ValueError on
+    a start that fits no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import get_cosine_schedule_with_warmup
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(MODULES))
+    peft: Any = get_peft_model(model(), config)
+    peft.peft_config["default"].base_model_name_or_path = NAME  # never a path of this machine
+    start_at(peft, A or {})
+    if freeze_A:
+        for name, parameter in peft.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    asked = {task: examples(task, "train", peft) for task in tasks}
+    order = random.Random(seed)
+    steps = [batch for _ in range(epochs) for batch in batches(asked, order)]
+    trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 20, len(steps))
+    peft.eval()  # no dropout: these trainings are short
+    for task, chosen in steps:
+        loss = torch.nn.functional.cross_entropy(
+            asked[task].logits(chosen), asked[task].targets(chosen)
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    save(peft, folder)
+
+
+def start_at(peft: Any, A: Mapping[str, Tensor]) -> None:
+    """Write the given starts into the adapter's lora_A."""
+    parameters = dict(peft.named_parameters())
+    for module, start in A.items():
+        name = f"base_model.model.{module}.lora_A.default.weight"
+        if name not in parameters or parameters[name].shape != start.shape:
+            raise ValueError(f"no lora_A of shape {tuple(start.shape)} at {module!r}")
+        with torch.no_grad():
+            parameters[name].copy_(start)
+
+
+def batches(asked: Mapping[str, EncoderExamples], order: random.Random) -> list[Batch]:
+    """Every row of every task once, shuffled; rows of like length together, so little is padded."""
+    made: list[Batch] = []
+    for task, those in asked.items():
+        shuffled = order.sample(range(len(those)), len(those))
+        for start in range(0, len(shuffled), 4 * BATCH):
+            pool = sorted(shuffled[start : start + 4 * BATCH], key=lambda r: len(those.tokens[r]))
+            made += [(task, pool[at : at + BATCH]) for at in range(0, len(pool), BATCH)]
+    return order.sample(made, len(made))
+
+
+def save(peft: Any, folder: Path) -> None:
+    """The adapter as a PEFT folder, all of it or nothing; one that is there is replaced."""
+    unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+    peft.save_pretrained(unfinished, save_embedding_layers=False)  # "auto" asks the hub
+    (unfinished / "README.md").unlink(missing_ok=True)
+    path = unfinished / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()  # a set: its order differs from run to run
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def held_out(tasks: Sequence[str], folder: Path) -> dict[str, float]:
+    """The trained adapter's accuracy on the validation rows, by task."""
+    from peft import PeftModel
+
+    peft = PeftModel.from_pretrained(model(), folder).eval()
+    return {task: accuracy(examples(task, "validation", peft)) for task in tasks}
+
+
+def main() -> None:
+    """Train the adapters that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"default: {', '.join(TASKS)}, {JOINT}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="adapters trained at a time (2)")
+    parser.add_argument("--again", action="store_true", help="also those that are there")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - {*TASKS, JOINT})
+    if unknown:
+        parser.error(f"no task {unknown[0]!r} (known: {', '.join(TASKS)}, {JOINT})")
+    names = options.names or [*TASKS, JOINT]
+    wanted = [
+        (seed, name)
+        for seed in options.seeds
+        for name in names
+        if options.again or not (adapter_folder(seed, name) / "adapter_config.json").is_file()
+    ]
+    if len(wanted) == 1:
+        train_here(*wanted[0])
+        return
+    for task in TASKS:
+        examples(task, "train", torch.nn.Identity())  # prepared once, before the processes would
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda pair: train_apart(*pair), wanted))
+
+
+def train_apart(seed: int, name: str) -> None:
+    """Train one adapter in a process of one thread."""
+    command = [sys.executable, "-m", "study.encoder_training", name, "--seeds", str(seed)]
+    subprocess.run(
+        [*command, "--again"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+
+
+def train_here(seed: int, name: str) -> None:
+    """Train one adapter and say what it reached."""
+    torch.set_num_threads(1)
+    tasks = list(TASKS) if name == JOINT else [name]
+    folder = adapter_folder(seed, name)
+    train(tasks, seed, folder)
+    busy = time.process_time()
+    reached = ", ".join(f"{task} {share:.3f}" for task, share in held_out(tasks, folder).items())
+    say(f"seed {seed} {name}: validation accuracy {reached} ({busy:.0f} CPU-s)")
+
+
+if __name__ == "__main__":
+    main()
