@@ -1,0 +1,266 @@
+"""The study's rows: every method by name, as what it makes of a preference on one bench.
+
+What tunes a number tunes it on validation examples at the uniform preference; test examples are
+looked at once, by whoever runs the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dynmerge.bank.bank import FactorBank
+from dynmerge.calibration.calibrate import weighted
+from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.moments import second_moments
+from dynmerge.calibration.objective import smooth_tchebycheff
+from dynmerge.calibration.plan import Objective, Plan, published
+from dynmerge.calibration.teachers import alone, anchor, lessons
+from dynmerge.calibration.train import Training
+from dynmerge.merging.calibrated import regmean
+from dynmerge.merging.choice import parse_method
+from dynmerge.merging.maps import Form
+from dynmerge.merging.merge import Merger
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+from study.bench import Bench, Made, Maker
+from study.forms import COMPARED
+
+CENTRE_ONLY, ALL = "centre", "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A method. `where` says at which preferences it is measured; `data` what it was given.
+
+    `make` returns the maker, and what it chose or learned for whoever reads the results.
+    """
+
+    make: Callable[[Bench], tuple[Maker, object]]
+    data: str = "none"
+    where: str = CENTRE_ONLY
+
+
+def by(bench: Bench, method: str) -> Maker:
+    """A row of METHODS with its parameters, as a request would ask for it."""
+    merger, choice = Merger(bench.bank), parse_method(method)
+
+    def make(rho: Tensor) -> Made:
+        shares = dict(zip(bench.bank.names, rho.tolist(), strict=True))
+        return merger.merge(Recipe(Preference.of(shares), choice, bench.bank.digest))
+
+    return make
+
+
+def plain(method: str, where: str = CENTRE_ONLY) -> Row:
+    """A method with the parameters it has."""
+    return Row(lambda bench: (by(bench, method), None), where=where)
+
+
+def tuned(method: str, scales: tuple[float, ...], where: str = CENTRE_ONLY) -> Row:
+    """A method whose scale is chosen on validation."""
+
+    def make(bench: Bench) -> tuple[Maker, object]:
+        sign = ";" if ";" not in method else ";"
+        scale, maker = bench.best({s: by(bench, f"{method}{sign}scale={s:g}") for s in scales})
+        return maker, {"scale": scale}
+
+    return Row(make, "validation labels", where)
+
+
+def zero_shot(bench: Bench) -> tuple[Maker, object]:
+    """The base model."""
+    return lambda rho: weighted(bench.bank, torch.zeros_like(rho)), None
+
+
+def mean_with_norm(bench: Bench) -> tuple[Maker, object]:
+    """The mean with each layer's norm restored as Pico does, and no S: what Pico leaves out."""
+
+    def make(rho: Tensor) -> Made:
+        cores = [group.weighted(rho) for group in bench.bank.groups]
+        restored = [
+            found * ((group.norms() @ rho) / torch.linalg.matrix_norm(found))[:, None, None]
+            for group, found in zip(bench.bank.groups, cores, strict=True)
+        ]
+        return bench.bank.layout.split(bench.bank.flatten(restored))
+
+    return make, None
+
+
+def per_task(objective: Objective) -> Row:
+    """One weight per skill for all layers, by gradient descent at the centre."""
+
+    def make(bench: Bench) -> tuple[Maker, object]:
+        weights = per_task_weights(bench, objective)
+        return lambda rho: weighted(bench.bank, weights), [round(float(w), 3) for w in weights]
+
+    return Row(make, DATA[objective])
+
+
+def per_task_weights(bench: Bench, objective: Objective, steps: int = 40) -> Tensor:
+    """(tasks,), from 0.4 each, as the finer coefficients are found."""
+    student = bench.student
+    taught = lessons(student, bench.splits["calibration"], objective, 32)
+    anchors = [anchor(student, task, lesson) for task, lesson in enumerate(taught)]
+    weights = torch.full((len(taught),), 0.4, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.02)
+    generator = torch.Generator().manual_seed(bench.seed)
+    for _ in range(steps):
+        with student.under(weighted(bench.bank, weights)):
+            gaps = torch.stack(
+                [
+                    lesson.loss(torch.randperm(len(lesson.examples), generator=generator)[:8].tolist())
+                    - z
+                    for lesson, z in zip(taught, anchors, strict=True)
+                ]
+            )
+        optimizer.zero_grad()
+        smooth_tchebycheff(gaps, bench.centre, 1.0).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return weights.detach()
+
+
+def learned(plan: Plan, where: str = CENTRE_ONLY, form: Form | None = None) -> Row:
+    """A calibration, trained on unlabelled text and guarded by validation text."""
+
+    def make(bench: Bench) -> tuple[Maker, object]:
+        training = trained(bench, plan, form)
+        checks = [(check.step, round(check.score, 4)) for check in training.checks]
+        return training.best.cores, {"checks": checks}
+
+    return Row(make, DATA[plan.objective], where)
+
+
+def trained(bench: Bench, plan: Plan, form: Form | None = None) -> Training:
+    """One calibration run to its end."""
+    at = None if plan.at is None else tuple(bench.centre.tolist()) if not plan.at else plan.at
+    settled = replace(plan, at=at, seed=bench.seed)
+    start = None if form is None else Learned.start(bench.bank, plan.method, form)
+    training = Training(
+        bench.student, bench.splits["calibration"], bench.splits["guard"], settled, start
+    )
+    training.run()
+    return training
+
+
+def regmean_rows(bench: Bench) -> tuple[Maker, object]:
+    """The closed form, its scale chosen on validation as Task Arithmetic's is."""
+    moments = second_moments(bench.student, bench.splits["calibration"])
+
+    def scaled(scale: float) -> Maker:
+        return lambda rho: regmean_cores(bench.bank, moments, rho, scale)
+
+    scale, maker = bench.best({s: scaled(s) for s in (1.0, 1.3, 1.7, 2.2)})
+    return maker, {"scale": scale}
+
+
+def regmean_cores(
+    bank: FactorBank, moments: list[Tensor], rho: Tensor, scale: float = 1.0
+) -> list[Tensor]:
+    """C(rho) of every layer, times `scale`."""
+    found = [
+        scale * regmean(group, torch.stack([moments[m] for m in group.members]), rho, 0.01)
+        for group in bank.groups
+    ]
+    return bank.layout.split(bank.flatten(found))
+
+
+def rho_scaled(plan: Plan) -> Row:
+    """What was found at the centre, times N rho_i: how a fixed merge follows a preference."""
+
+    def make(bench: Bench) -> tuple[Maker, object]:
+        best = trained(bench, plan).best
+        tasks = len(bench.bank.names)
+
+        def cores(rho: Tensor) -> Made:
+            total = [torch.zeros(module.core_shape) for module in bench.bank.modules]
+            phi = [own["fixed"] for own in best.tables]
+            for group, lambdas in zip(bench.bank.groups, phi, strict=True):
+                for place, member in enumerate(group.members):
+                    for task in range(tasks):
+                        factor = lambdas[place, task] * tasks * rho[task]
+                        total[member] = total[member] + factor * bench.bank.modules[member].core(task)
+            return total
+
+        return cores, None
+
+    return Row(make, DATA[plan.objective], ALL)
+
+
+def single(bench: Bench, task: int) -> Made:
+    """One adapter alone."""
+    return alone(bench.bank, task)
+
+
+DATA: Mapping[Objective, str] = {
+    "distil": "unlabelled text",
+    "entropy": "unlabelled text",
+    "labels": "labelled text",
+}
+FIXED_STEPS, MAP_STEPS = 60, 120
+
+
+def at_centre(method: str, objective: Objective) -> Plan:
+    """Free coefficients at the uniform preference. An empty `at` stands for that of the bench."""
+    return Plan(
+        method, "fixed", objective, at=(), steps=FIXED_STEPS, rate=0.02, check=20, patience=9, mu=1.0
+    )
+
+
+def for_all(method: str, form: str = "ratio", rate: float = 0.15, pull: float = 0.0) -> Plan:
+    """A map for every preference, distilled."""
+    return Plan(
+        method, form, "distil", steps=MAP_STEPS, rate=rate, pull=pull, check=30, patience=9, mu=1.0
+    )
+
+
+SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+WIDE_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+
+ROWS: Mapping[str, Row] = {
+    "zero-shot": Row(zero_shot),
+    "mean": plain("linear", ALL),
+    "mean-gamma": Row(mean_with_norm),
+    "linear-p4": plain("linear;p=4", ALL),
+    "tuned": tuned("linear;p=inf", SUM_SCALES),
+    "s-only": plain("pico+linear;pool=static;restore=none"),
+    "pico": plain("pico+linear;pool=static"),
+    "pico-tuned": tuned("pico+linear;pool=static", SCALES),
+    "pico-canonical": plain("pico+linear;pool=static;gauge=canonical"),
+    "ties": tuned("ties;space=full", WIDE_SCALES),
+    "core-ties": tuned("ties", WIDE_SCALES),
+    "dare-ties": tuned("dare-ties;space=full;density=0.8", WIDE_SCALES),
+    "knots-ties": tuned("knots-ties", WIDE_SCALES),
+    "tsv-m": tuned("tsv-m", SCALES),
+    "iso-c": tuned("iso-c", SCALES),
+    "svc": tuned("linear+svc", SCALES),
+    "lego": tuned("lego", WIDE_SCALES),
+    "regmean": Row(regmean_rows, "unlabelled text; scale on validation labels"),
+    "per-task-entropy": per_task("entropy"),
+    "per-task-labels": per_task("labels"),
+    "per-task-distil": per_task("distil"),
+    **{
+        f"{method}-{objective}": learned(at_centre(method, objective))
+        for objective in ("distil", "labels", "entropy")
+        for method in ("adamerging", "tara-a", "tara-b", "core")
+    },
+    "tara-a-published": learned(replace(published("tara-a", ()), steps=250)),
+    "adamerging-map": learned(for_all("adamerging"), ALL),
+    "tara-a-map": learned(for_all("tara-a"), ALL),
+    "tara-b-map": learned(for_all("tara-b"), ALL),
+    "core-map": learned(for_all("core", pull=0.01), ALL),
+}
+
+# Compared on one seed: other forms of the map, and optimisation for each preference alone.
+FORM_ROWS: Mapping[str, Row] = {
+    "adamerging-bubbles": learned(for_all("adamerging", "bubbles", rate=0.02), ALL),
+    **{
+        f"adamerging-{name}": learned(for_all("adamerging", name, rate=0.02), ALL, form)
+        for name, form in COMPARED.items()
+    },
+    "adamerging-rho-scaled": rho_scaled(at_centre("adamerging", "entropy")),
+}
