@@ -2,7 +2,7 @@
 #   make demo    set up, build the demo bank, serve it, answer under three preferences, keep serving
 #   make test    set up, run the tests
 # vLLM has environments of its own, .venv-vllm-VERSION: `make test-vllm`, `make bench-vllm`.
-.PHONY: demo bank test test-vllm lint format check examples wheel bench bench-vllm gpu setup-demo \
+.PHONY: demo bank study test test-vllm lint format check examples wheel bench bench-vllm gpu setup-demo \
 	setup-dev clean
 
 PYTHON := .venv/bin/python
@@ -22,6 +22,10 @@ setup-dev:
 
 demo: setup-demo
 	@$(PYTHON) examples/dictionary/demo.py --bank $(BANK) --port $(PORT)
+
+# What merging and calibration gain, measured: docs/quality.md. Under two hours on two cores.
+study: setup-dev
+	@scripts/study
 
 # The last line printed is the bank's folder.
 bank:

@@ -18,7 +18,10 @@ from dynmerge.calibration import draws
 from dynmerge.calibration.evaluation import Score, score
 from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.student import Student
-from dynmerge.merging.merge import Merge
+from dynmerge.merging.choice import parse_method
+from dynmerge.merging.merge import Merge, Merger
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
 
 BATCH = 32
 
@@ -75,6 +78,17 @@ class Bench:
         qualities = {value: quality(maker) for value, maker in makers.items()}
         value = max(qualities, key=lambda one: qualities[one])
         return value, makers[value]
+
+
+def by(bank: FactorBank, method: str) -> Maker:
+    """A row of METHODS with its parameters, as a request would ask for it."""
+    merger, choice = Merger(bank), parse_method(method)
+
+    def make(rho: Tensor) -> Made:
+        shares = dict(zip(bank.names, rho.tolist(), strict=True))
+        return merger.merge(Recipe(Preference.of(shares), choice, bank.digest))
+
+    return make
 
 
 def under(student: Student, made: Made) -> AbstractContextManager[None]:

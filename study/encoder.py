@@ -27,6 +27,8 @@ from dynmerge.adapters.base_model import BaseModel, fingerprint
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
+from dynmerge.calibration.student import Student
+from study.bench import Bench, Part
 from study.encoder_tasks import TASKS, Row, rows
 from study.sources import cache_folder
 
@@ -94,11 +96,17 @@ def encode(texts: Sequence[str], seconds: Sequence[str | None]) -> list[list[int
 
 def embed(encoder: nn.Module, tokens: Sequence[Sequence[int]]) -> Tensor:
     """(n, hidden), each of length 1: the mean of every text's last states, padding left out."""
+    batch = padded(tokens)
+    states = encoder(**batch).last_hidden_state
+    return torch.nn.functional.normalize(pooled(states, batch["attention_mask"]), dim=-1)
+
+
+def padded(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What the encoder takes: (n, longest) ids, and which of them are text."""
     width = max(map(len, tokens))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
-    states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    return torch.nn.functional.normalize(pooled(states, mask), dim=-1)
+    ids = [[*row, *[0] * (width - len(row))] for row in tokens]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in tokens]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
@@ -202,3 +210,32 @@ def bank_of(seed: int, tasks: Sequence[str] = tuple(TASKS), variant: str = "plai
         BaseIdentity(base.name, base.fingerprint),
         {task: adapter(seed, task, variant) for task in tasks},
     )
+
+
+# --- what the study measures
+
+CALIBRATION, VALIDATION, GUARD, TEST = 128, 64, 32, 200
+
+
+def bench(seed: int) -> Bench:
+    """One seed, ready to measure."""
+    encoder = model()
+    student = Student(encoder, bank_of(seed))
+    held = {task: examples(task, "validation", encoder) for task in TASKS}
+    splits = {
+        "calibration": {
+            task: Part(examples(task, "calibration", encoder), CALIBRATION) for task in TASKS
+        },
+        "validation": {task: Part(held[task], VALIDATION) for task in TASKS},
+        "guard": {task: Part(held[task], GUARD) for task in TASKS},
+        "test": {task: Part(examples(task, "test", encoder), TEST) for task in TASKS},
+    }
+
+    def joint() -> FactorBank:
+        base = base_model()
+        return build_bank(
+            BaseIdentity(base.name, base.fingerprint), {"joint": adapter(seed, "joint")}
+        )
+
+    others = {"joint": joint, "osrm": lambda: bank_of(seed, variant="osrm")}
+    return Bench("encoder", seed, student, splits, others)

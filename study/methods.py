@@ -21,13 +21,10 @@ from dynmerge.calibration.plan import Objective, Plan, published
 from dynmerge.calibration.teachers import alone, anchor, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.merging.calibrated import regmean
-from dynmerge.merging.choice import parse_method
 from dynmerge.merging.maps import Form
-from dynmerge.merging.merge import Merger
-from dynmerge.preference import Preference
-from dynmerge.recipe import Recipe
-from study.bench import Bench, Made, Maker
+from study.bench import Bench, Made, Maker, by
 from study.forms import COMPARED
+from study.plans import at_centre, for_all
 
 CENTRE_ONLY, ALL = "centre", "all"
 
@@ -44,28 +41,16 @@ class Row:
     where: str = CENTRE_ONLY
 
 
-def by(bench: Bench, method: str) -> Maker:
-    """A row of METHODS with its parameters, as a request would ask for it."""
-    merger, choice = Merger(bench.bank), parse_method(method)
-
-    def make(rho: Tensor) -> Made:
-        shares = dict(zip(bench.bank.names, rho.tolist(), strict=True))
-        return merger.merge(Recipe(Preference.of(shares), choice, bench.bank.digest))
-
-    return make
-
-
 def plain(method: str, where: str = CENTRE_ONLY) -> Row:
     """A method with the parameters it has."""
-    return Row(lambda bench: (by(bench, method), None), where=where)
+    return Row(lambda bench: (by(bench.bank, method), None), where=where)
 
 
 def tuned(method: str, scales: tuple[float, ...], where: str = CENTRE_ONLY) -> Row:
     """A method whose scale is chosen on validation."""
 
     def make(bench: Bench) -> tuple[Maker, object]:
-        sign = ";" if ";" not in method else ";"
-        scale, maker = bench.best({s: by(bench, f"{method}{sign}scale={s:g}") for s in scales})
+        scale, maker = bench.best({s: by(bench.bank, f"{method};scale={s:g}") for s in scales})
         return maker, {"scale": scale}
 
     return Row(make, "validation labels", where)
@@ -112,7 +97,9 @@ def per_task_weights(bench: Bench, objective: Objective, steps: int = 40) -> Ten
         with student.under(weighted(bench.bank, weights)):
             gaps = torch.stack(
                 [
-                    lesson.loss(torch.randperm(len(lesson.examples), generator=generator)[:8].tolist())
+                    lesson.loss(
+                        torch.randperm(len(lesson.examples), generator=generator)[:8].tolist()
+                    )
                     - z
                     for lesson, z in zip(taught, anchors, strict=True)
                 ]
@@ -182,7 +169,9 @@ def rho_scaled(plan: Plan) -> Row:
                 for place, member in enumerate(group.members):
                     for task in range(tasks):
                         factor = lambdas[place, task] * tasks * rho[task]
-                        total[member] = total[member] + factor * bench.bank.modules[member].core(task)
+                        total[member] = total[member] + factor * bench.bank.modules[member].core(
+                            task
+                        )
             return total
 
         return cores, None
@@ -200,23 +189,6 @@ DATA: Mapping[Objective, str] = {
     "entropy": "unlabelled text",
     "labels": "labelled text",
 }
-FIXED_STEPS, MAP_STEPS = 60, 120
-
-
-def at_centre(method: str, objective: Objective) -> Plan:
-    """Free coefficients at the uniform preference. An empty `at` stands for that of the bench."""
-    return Plan(
-        method, "fixed", objective, at=(), steps=FIXED_STEPS, rate=0.02, check=20, patience=9, mu=1.0
-    )
-
-
-def for_all(method: str, form: str = "ratio", rate: float = 0.15, pull: float = 0.0) -> Plan:
-    """A map for every preference, distilled."""
-    return Plan(
-        method, form, "distil", steps=MAP_STEPS, rate=rate, pull=pull, check=30, patience=9, mu=1.0
-    )
-
-
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 WIDE_SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)

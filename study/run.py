@@ -1,0 +1,168 @@
+"""Run the study: every row on every seed of every suite, two one-thread processes at a time.
+
+    python -m study.run                       # what is not there yet, then the report
+    python -m study.run --suite encoder --seed 0 --only pico,tuned
+
+Results are kept row by row in the cache, so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from dynmerge.calibration.evaluation import Score
+from study.bench import Bench, Maker, edge, skewed
+from study.cells import Cell, cells_file, read_cells
+from study.methods import ALL, FORM_ROWS, ROWS, Row, single, trained
+from study.plans import reference_plan
+
+SUITES: Mapping[str, Sequence[int]] = {"encoder": (0, 1, 2), "generative": (20, 21, 22)}
+FIRST = {suite: seeds[0] for suite, seeds in SUITES.items()}
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=tuple(SUITES))
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--only", help="these rows, with commas between")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    only = set(options.only.split(",")) if options.only else None
+    wanted = [
+        (suite, seed)
+        for suite, seeds in SUITES.items()
+        for seed in seeds
+        if options.suite in (None, suite) and options.seed in (None, seed)
+    ]
+    if len(wanted) == 1:
+        torch.set_num_threads(1)
+        run(*wanted[0], only)
+        return
+    extra = ["--only", options.only] if options.only else []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda pair: run_apart(*pair, extra), wanted))
+
+
+def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
+    """One seed in a process of one thread."""
+    command = [sys.executable, "-m", "study.run", "--suite", suite, "--seed", str(seed), *extra]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def run(suite: str, seed: int, only: set[str] | None) -> None:
+    """Every row that is not there yet, one after the other."""
+    rows = {**ROWS, **(FORM_ROWS if seed == FIRST[suite] else {})}
+    done = {cell.method for cell in read_cells(suite, seed)}
+    todo = [
+        name
+        for name in ("single", *rows, "joint", "osrm-mean", "osrm-p4", *references(suite, seed))
+        if name not in done and (only is None or name in only)
+    ]
+    if not todo:
+        return
+    bench = open_bench(suite, seed)
+    for name in todo:
+        started = time.process_time()
+        cells = list(measured(bench, name, rows))
+        spent = time.process_time() - started
+        with cells_file(suite, seed).open("a", encoding="utf-8") as file:
+            for cell in cells:
+                file.write(json.dumps(cell.to_json(spent)) + "\n")
+        centre = [cell.accuracy for cell in cells if cell.at == "centre"]
+        mean = sum(centre) / len(centre) if centre else float("nan")
+        print(f"{suite} {seed} {name}: {mean:.4f} ({spent:.0f} CPU-s)", file=sys.stderr, flush=True)
+
+
+def open_bench(suite: str, seed: int) -> Bench:
+    """The bench of one seed. Imported here: a suite loads its model and its packages."""
+    if suite == "encoder":
+        from study import encoder
+
+        return encoder.bench(seed)
+    from study import generative
+
+    return generative.bench(seed)
+
+
+def preferences(bench: Bench) -> dict[str, Tensor]:
+    """Where maps are measured: the centre, skewed preferences, edges, and one of all kinds."""
+    tasks = len(bench.bank.names)
+    mixed = torch.full((tasks,), 0.2 / (tasks - 2))
+    mixed[1], mixed[2] = 0.5, 0.3
+    return {
+        "centre": bench.centre,
+        "skewed-first": skewed(tasks, 0),
+        "skewed-third": skewed(tasks, 2),
+        "edge-first": edge(tasks, 0, 1),
+        "edge-third": edge(tasks, 2, 4),
+        "mixed": mixed,
+    }
+
+
+def references(suite: str, seed: int) -> list[str]:
+    """Rows that optimise for one preference alone, on the first seed."""
+    if seed != FIRST[suite]:
+        return []
+    return [f"{method}-for-each" for method in ("adamerging", "core")]
+
+
+def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]:
+    """The cells of one row."""
+    if name == "single":
+        for task, skill in enumerate(bench.bank.names):
+            rho = torch.nn.functional.one_hot(torch.tensor(task), len(bench.bank.names)).float()
+            found = bench.test(single(bench, task), rho)
+            yield cell(name, "centre", skill, found[skill], None)
+    elif name.endswith("-for-each"):
+        for where, rho in preferences(bench).items():
+            plan = reference_plan(name.removesuffix("-for-each"), tuple(rho.tolist()))
+            best = trained(bench, plan).best
+            for skill, score in bench.test(best.cores(rho), rho).items():
+                yield cell(name, where, skill, score, None)
+    elif name in ("joint", "osrm-mean", "osrm-p4"):
+        from study.other_banks import other_scores
+
+        for skill, score in other_scores(bench, name).items():
+            yield cell(name, "centre", skill, score, None)
+    else:
+        row = rows[name]
+        maker, chosen = row.make(bench)
+        yield from at_preferences(bench, name, maker, chosen, row.where == ALL)
+
+
+def at_preferences(
+    bench: Bench, name: str, maker: Maker, chosen: object, everywhere: bool
+) -> Iterator[Cell]:
+    """One maker at the centre, or at all preferences."""
+    for where, rho in preferences(bench).items():
+        if where == "centre" or everywhere:
+            for skill, score in bench.test(maker(rho), rho).items():
+                yield cell(name, where, skill, score, chosen)
+
+
+def cell(method: str, at: str, task: str, score: Score, chosen: object) -> Cell:
+    """A score as it is kept."""
+    return Cell(
+        method,
+        at,
+        task,
+        [int(right) for right in score.right],
+        [int(count) for count in score.counts],
+        float(score.nats.sum()),
+        chosen,
+    )
+
+
+if __name__ == "__main__":
+    main()
