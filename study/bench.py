@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
@@ -126,17 +125,3 @@ class Part:
     def targets(self, rows: Sequence[int]) -> Tensor | None:
         """As the whole's."""
         return self.whole.targets(rows)
-
-
-def skewed(tasks: int, lead: int, share: float = 0.6) -> Tensor:
-    """One skill at `share`, the others alike."""
-    rho = torch.full((tasks,), (1 - share) / (tasks - 1))
-    rho[lead] = share
-    return rho
-
-
-def edge(tasks: int, first: int, second: int) -> Tensor:
-    """Two skills, half and half."""
-    rho = torch.zeros(tasks)
-    rho[first] = rho[second] = 0.5
-    return rho

@@ -224,7 +224,7 @@ ROWS: Mapping[str, Row] = {
     "adamerging-map": learned(for_all("adamerging"), ALL),
     "tara-a-map": learned(for_all("tara-a"), ALL),
     "tara-b-map": learned(for_all("tara-b"), ALL),
-    "core-map": learned(for_all("core", pull=0.01), ALL),
+    "core-map": learned(for_all("core", pull=0.001), ALL),
 }
 
 # Compared on one seed: other forms of the map, and optimisation for each preference alone.

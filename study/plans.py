@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynmerge.calibration.plan import Objective, Plan
 
-FIXED_STEPS, MAP_STEPS = 60, 120
+FIXED_STEPS, MAP_STEPS = 40, 100
 
 
 def at_centre(method: str, objective: Objective) -> Plan:
@@ -14,7 +14,7 @@ def at_centre(method: str, objective: Objective) -> Plan:
 
 def reference_plan(method: str, at: tuple[float, ...], objective: Objective = "distil") -> Plan:
     """Free coefficients at one preference."""
-    rate = 0.02
+    rate = 0.03
     return Plan(
         method,
         "fixed",
@@ -31,5 +31,5 @@ def reference_plan(method: str, at: tuple[float, ...], objective: Objective = "d
 def for_all(method: str, form: str = "ratio", rate: float = 0.15, pull: float = 0.0) -> Plan:
     """A map for every preference, distilled."""
     return Plan(
-        method, form, "distil", steps=MAP_STEPS, rate=rate, pull=pull, check=30, patience=9, mu=1.0
+        method, form, "distil", steps=MAP_STEPS, rate=rate, pull=pull, check=25, patience=9, mu=1.0
     )

@@ -29,10 +29,11 @@ from dynmerge.calibration.bootstrap import (
 )
 from study.cells import Cell, read_cells
 from study.methods import ROWS
+from study.places import CENTRE, places
 from study.run import FIRST, SUITES
 
 DOCS = Path(__file__).parents[1] / "docs"
-DEFAULT = "adamerging-map"  # the row that dynmerge serves where a bank carries it
+DEFAULT = "tara-a-map"  # the row that dynmerge serves where a bank carries it
 SAMPLES = 2000
 ALIASES = {"default": DEFAULT}
 
@@ -68,14 +69,14 @@ class Suite:
         """All tasks."""
         return sorted({task for _, _, task, _ in self.cells})
 
-    def methods(self, at: str = "centre") -> list[str]:
+    def methods(self, at: str = CENTRE) -> list[str]:
         """Measured at one preference on every seed, in the order of the rows."""
         found = {method for method, where, _, _ in self.cells if where == at}
         order = ["zero-shot", "single", "joint", *ROWS, "osrm-mean", "osrm-p4"]
         known = [name for name in dict.fromkeys(order) if name in found]
         return known + sorted(found - set(known))
 
-    def estimate(self, method: str, task: str, seed: int, at: str = "centre") -> Estimate | None:
+    def estimate(self, method: str, task: str, seed: int, at: str = CENTRE) -> Estimate | None:
         """The accuracy, with draws that all methods share."""
         cell = self.cells.get((method, at, task, seed))
         if cell is None:
@@ -83,7 +84,7 @@ class Suite:
         right, counts = torch.tensor(cell.right), torch.tensor(cell.counts)
         return share(right, counts, draws_of(self.name, task, len(cell.right)))
 
-    def average(self, method: str, at: str = "centre") -> Estimate | None:
+    def average(self, method: str, at: str = CENTRE) -> Estimate | None:
         """Over tasks and seeds, every one alike."""
         found = [
             self.estimate(method, task, seed, at) for task in self.tasks for seed in self.seeds
@@ -165,7 +166,7 @@ def preferences_of(suite: Suite) -> dict[str, object]:
     for (method, at, task, seed), cell in suite.cells.items():
         place = found.setdefault(method, {}).setdefault(at, {}).setdefault(task, {})
         place[str(seed)] = round(cell.accuracy, 5)
-    return {method: places for method, places in found.items() if set(places) != {"centre"}}
+    return {method: places for method, places in found.items() if set(places) != {CENTRE}}
 
 
 def examples_of(suite: Suite) -> list[dict[str, object]]:
@@ -208,9 +209,6 @@ def task_mean(suite: Suite, method: str, task: str) -> str:
     return f"{sum(values) / len(values):.3f}"
 
 
-PLACES = ("centre", "skewed-first", "skewed-third", "edge-first", "edge-third", "mixed")
-
-
 def preferences_table(suite: Suite) -> str:
     """Preference-weighted accuracy of what is measured away from the centre, first seed."""
     seed = FIRST[suite.name]
@@ -218,7 +216,7 @@ def preferences_table(suite: Suite) -> str:
     rows = []
     for method in suite.methods("mixed"):
         row = [method]
-        for at in PLACES:
+        for at in weights:
             found = [
                 (weights[at][task], suite.cells.get((method, at, task, seed)))
                 for task in suite.tasks
@@ -229,30 +227,15 @@ def preferences_table(suite: Suite) -> str:
             value = sum(weight * one.accuracy for weight, one in found if one is not None)
             row.append(f"{value:.3f}")
         rows.append(row)
-    return markdown(["method", *PLACES], rows)
+    return markdown(["method", *weights], rows)
 
 
 def preference_weights(suite: Suite) -> dict[str, dict[str, float]]:
-    """Preference -> task -> weight, as the run had them."""
-    count = len(suite.tasks)
-    mixed = [0.2 / (count - 2)] * count
-    mixed[1], mixed[2] = 0.5, 0.3
-
-    def skew(lead: int) -> list[float]:
-        return [0.6 if place == lead else 0.4 / (count - 1) for place in range(count)]
-
-    def half(*pair: int) -> list[float]:
-        return [0.5 if place in pair else 0.0 for place in range(count)]
-
-    found = {
-        "centre": [1 / count] * count,
-        "skewed-first": skew(0),
-        "skewed-third": skew(2),
-        "edge-first": half(0, 1),
-        "edge-third": half(2, 4),
-        "mixed": mixed,
+    """Preference -> task -> weight."""
+    return {
+        at: dict(zip(suite.tasks, rho.tolist(), strict=True))
+        for at, rho in places(len(suite.tasks)).items()
     }
-    return {at: dict(zip(suite.tasks, row, strict=True)) for at, row in found.items()}
 
 
 def aims_table(suite: Suite) -> str:

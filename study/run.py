@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
 from dynmerge.calibration.evaluation import Score
-from study.bench import Bench, Maker, edge, skewed
+from study.bench import Bench, Maker
 from study.cells import Cell, cells_file, read_cells
 from study.methods import ALL, FORM_ROWS, ROWS, Row, single, trained
+from study.places import CENTRE, places
 from study.plans import reference_plan
 
 SUITES: Mapping[str, Sequence[int]] = {"encoder": (0, 1, 2), "generative": (20, 21, 22)}
@@ -79,7 +79,7 @@ def run(suite: str, seed: int, only: set[str] | None) -> None:
         with cells_file(suite, seed).open("a", encoding="utf-8") as file:
             for cell in cells:
                 file.write(json.dumps(cell.to_json(spent)) + "\n")
-        centre = [cell.accuracy for cell in cells if cell.at == "centre"]
+        centre = [cell.accuracy for cell in cells if cell.at == CENTRE]
         mean = sum(centre) / len(centre) if centre else float("nan")
         print(f"{suite} {seed} {name}: {mean:.4f} ({spent:.0f} CPU-s)", file=sys.stderr, flush=True)
 
@@ -95,21 +95,6 @@ def open_bench(suite: str, seed: int) -> Bench:
     return generative.bench(seed)
 
 
-def preferences(bench: Bench) -> dict[str, Tensor]:
-    """Where maps are measured: the centre, skewed preferences, edges, and one of all kinds."""
-    tasks = len(bench.bank.names)
-    mixed = torch.full((tasks,), 0.2 / (tasks - 2))
-    mixed[1], mixed[2] = 0.5, 0.3
-    return {
-        "centre": bench.centre,
-        "skewed-first": skewed(tasks, 0),
-        "skewed-third": skewed(tasks, 2),
-        "edge-first": edge(tasks, 0, 1),
-        "edge-third": edge(tasks, 2, 4),
-        "mixed": mixed,
-    }
-
-
 def references(suite: str, seed: int) -> list[str]:
     """Rows that optimise for one preference alone, on the first seed."""
     if seed != FIRST[suite]:
@@ -123,9 +108,9 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
         for task, skill in enumerate(bench.bank.names):
             rho = torch.nn.functional.one_hot(torch.tensor(task), len(bench.bank.names)).float()
             found = bench.test(single(bench, task), rho)
-            yield cell(name, "centre", skill, found[skill], None)
+            yield cell(name, CENTRE, skill, found[skill], None)
     elif name.endswith("-for-each"):
-        for where, rho in preferences(bench).items():
+        for where, rho in places(len(bench.bank.names)).items():
             plan = reference_plan(name.removesuffix("-for-each"), tuple(rho.tolist()))
             best = trained(bench, plan).best
             for skill, score in bench.test(best.cores(rho), rho).items():
@@ -134,7 +119,7 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
         from study.other_banks import other_scores
 
         for skill, score in other_scores(bench, name).items():
-            yield cell(name, "centre", skill, score, None)
+            yield cell(name, CENTRE, skill, score, None)
     else:
         row = rows[name]
         maker, chosen = row.make(bench)
@@ -145,8 +130,8 @@ def at_preferences(
     bench: Bench, name: str, maker: Maker, chosen: object, everywhere: bool
 ) -> Iterator[Cell]:
     """One maker at the centre, or at all preferences."""
-    for where, rho in preferences(bench).items():
-        if where == "centre" or everywhere:
+    for where, rho in places(len(bench.bank.names)).items():
+        if where == CENTRE or everywhere:
             for skill, score in bench.test(maker(rho), rho).items():
                 yield cell(name, where, skill, score, chosen)
 

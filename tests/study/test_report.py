@@ -1,0 +1,59 @@
+"""The report: paired intervals, shares of a gap, and a page whose other text stays."""
+
+import pytest
+
+from study.cells import Cell
+from study.places import places
+from study.report import Suite, gap_closed, quality_of, replaced
+
+
+def cell(method: str, task: str, right: list[int], at: str = "centre") -> Cell:
+    return Cell(method, at, task, right, [1] * len(right), 0.0, None)
+
+
+def suite(**rights: list[int]) -> Suite:
+    """One task, one seed, a method for each keyword."""
+    found = {(name, "centre", "t", 0): cell(name, "t", right) for name, right in rights.items()}
+    return Suite("encoder", found)
+
+
+def test_the_share_of_a_gap_is_paired() -> None:
+    tuned, single = [1, 0] * 50, [1, 1] * 50
+    half = [1, 0, 1, 1] * 25
+    found = gap_closed(suite(tuned=tuned, single=single, half=half), "half")
+    assert found is not None
+    assert found.value == pytest.approx(0.5)
+    assert found.low < 0.5 < found.high
+    whole = gap_closed(suite(tuned=tuned, single=single), "single")
+    assert whole is not None
+    assert (whole.low, whole.value, whole.high) == pytest.approx((1, 1, 1))
+
+
+def test_quality_names_the_default_after_its_row() -> None:
+    found = quality_of(suite(**{"tara-a-map": [1, 1, 0, 1], "tuned": [0, 1, 0, 1]}))
+    assert found["tuned"] == {
+        "t": {"0": {"accuracy": 0.5, "interval": pytest.approx([0, 1])}},
+    }
+    assert found["default"] == found["tara-a-map"]
+
+
+def test_a_method_counts_only_where_every_seed_and_task_has_it() -> None:
+    cells = dict(suite(mean=[1, 1], pico=[1, 0]).cells)
+    cells["pico", "centre", "t", 1] = cell("pico", "t", [1, 1])
+    whole = Suite("encoder", cells)
+    assert whole.average("mean") is None
+    assert whole.average("pico") is not None
+
+
+def test_what_stands_around_a_table_stays() -> None:
+    page = "before\n\n<!-- begin x -->\nold\n<!-- end x -->\n\nafter\n"
+    assert replaced(page, "x", "new") == page.replace("old", "new")
+    assert replaced("text\n", "y", "new").endswith("<!-- begin y -->\nnew\n<!-- end y -->\n")
+
+
+@pytest.mark.parametrize("tasks", [5, 6])
+def test_places_are_preferences(tasks: int) -> None:
+    for rho in places(tasks).values():
+        assert rho.shape == (tasks,)
+        assert float(rho.sum()) == pytest.approx(1)
+        assert (rho >= 0).all()
