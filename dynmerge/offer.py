@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from dynmerge.bank.outline import Outline
 from dynmerge.errors import MethodError
 from dynmerge.merging.choice import HEADER as METHOD_HEADER
-from dynmerge.merging.choice import default_method
-from dynmerge.merging.demands import check_bank, check_preference
+from dynmerge.merging.demands import check_bank, check_preference, default_for
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 
@@ -43,7 +42,7 @@ class Offer:
         what the bank does not carry, does not serve the preference, or whose merge would never fit.
         """
         preference.require(self.skills, source)
-        chosen = method or default_method()
+        chosen = method or default_for(self.outline)
         check_bank(chosen, self.outline, method_source)
         check_preference(chosen, preference, self.outline, method_source)
         recipe = Recipe(preference, chosen, self.outline.digest)

@@ -11,7 +11,7 @@ from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import save_bank
 from dynmerge.errors import MethodError, PreferenceError
 from dynmerge.merging.choice import parse_method
-from dynmerge.merging.demands import outside_bytes, outside_rank
+from dynmerge.merging.demands import BEST, outside_bytes, outside_rank
 from dynmerge.merging.methods import METHODS
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
@@ -112,3 +112,14 @@ def test_what_a_merge_takes_outside_the_shared_bases_is_known_before() -> None:
     assert outside_rank(outline, of("ties;space=full;rank=2")) == 2
     assert outside_rank(outline, of("iso-c-dense")) == 10
     assert outside_bytes(outline, of("iso-c-dense"), 2) == 2 * (10 * 22 + 4 * 14 + 10 * 22)
+
+
+def test_where_nobody_chose_the_best_calibration_for_all_preferences_serves() -> None:
+    bank = random_bank()
+    wish = Preference.parse("ada=0.5, bob=0.5")
+    assert Offer(Outline.of_bank(bank)).recipe(wish).method.name == "linear"
+    learned = replace(bank, calibrations=random_calibrations(bank))
+    assert Offer(Outline.of_bank(learned)).recipe(wish).method.name == BEST[0]
+    served = Offer(Outline.of_bank(fixed(learned))).recipe(wish).method.name
+    assert BEST[0] == "tara-a"
+    assert served == BEST[1], "what serves one preference only is no default"

@@ -45,6 +45,7 @@ class Form(str, Enum):
     ratio = "ratio"
     bubbles = "bubbles"
     fixed = "fixed"
+    gauss_newton = "gauss-newton"
 
 
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
@@ -166,8 +167,11 @@ def export(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="The adapter's new folder.")
     ],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="See `dynmerge methods`.")
-    ] = "linear",
+        str | None,
+        typer.Option(
+            "--method", "-m", help="See `dynmerge methods`; by default what the bank serves."
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="At most this rank; by default all of the merge.")
     ] = None,
@@ -191,8 +195,11 @@ def push(
     ],
     to: Annotated[str, typer.Option(metavar="URL", help="The vLLM server's, http://HOST:PORT.")],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="See `dynmerge methods`.")
-    ] = "linear",
+        str | None,
+        typer.Option(
+            "--method", "-m", help="See `dynmerge methods`; by default what the bank serves."
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="At most this rank, for vLLM's --max-lora-rank; by default all."),
@@ -237,12 +244,19 @@ def calibrate(
         typer.Option("--method", "-m", help="tara-a, tara-b, core, adamerging, regmean or tuned."),
     ],
     objective: Annotated[
-        Objective,
-        typer.Option(help="What is learned: the skills' own predictions, certainty, or answers."),
-    ] = Objective.distil,
+        Objective | None,
+        typer.Option(
+            help="What is learned: the skills' own predictions, which is the default, certainty, or"
+            " answers."
+        ),
+    ] = None,
     form: Annotated[
-        Form, typer.Option(help="How it follows a preference; fixed serves one, that of --at.")
-    ] = Form.ratio,
+        Form | None,
+        typer.Option(
+            help="How it follows a preference, by default ratio; fixed serves one, that of --at;"
+            " gauss-newton is found without training."
+        ),
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option(metavar="PREFERENCE", help="Of --form fixed; by default all alike."),
@@ -272,8 +286,11 @@ def calibrate(
     ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of each skill a step.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, help="The step size.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, max=1e3, help="The step size.")] = None,
     mu: Annotated[float | None, typer.Option(min=1e-6, help="Smooth Tchebycheff's.")] = None,
+    pull: Annotated[
+        float | None, typer.Option(min=0, help="Of what is learned towards its start.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     samples: Annotated[
         int, typer.Option(min=8, help="How many texts a skill without a file makes up.")
@@ -287,14 +304,25 @@ def calibrate(
 ) -> None:
     """Learn from texts how to merge a bank's skills, and write a new version of the bank."""
     from dynmerge.cli import calibrate as command
+    from dynmerge.cli.asked import Asked
 
-    asked = command.Asked(
-        method, objective.value, form.value, at, published, steps, batch, rate, mu, seed
+    asked = Asked(
+        method,
+        None if objective is None else objective.value,
+        None if form is None else form.value,
+        at,
+        published,
+        steps,
+        batch,
+        rate,
+        mu,
+        pull,
+        seed,
     )
     wanted = command.Wanted(
         asked,
-        texts=command.files(named_sources(texts or [], hint="--texts", form="SKILL=FILE")),
-        held_out=command.files(named_sources(held_out or [], hint="--held-out", form="SKILL=FILE")),
+        texts=command.paths(named_sources(texts or [], hint="--texts", form="SKILL=FILE")),
+        held_out=command.paths(named_sources(held_out or [], hint="--held-out", form="SKILL=FILE")),
         labels=command.labels(named_sources(labels or [], hint="--labels", form="SKILL=A,B")),
         samples=samples,
         base=base,

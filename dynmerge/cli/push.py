@@ -12,13 +12,14 @@ from pathlib import Path
 import httpx
 import pydantic
 
+from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import read_manifest
 from dynmerge.cli.console import line
 from dynmerge.cli.export import run as export
 from dynmerge.errors import ConfigError, DynmergeError
 from dynmerge.merging.choice import parse_method
+from dynmerge.offer import Offer
 from dynmerge.preference import Preference
-from dynmerge.recipe import Recipe
 
 # Loading is reading a file and copying it to every worker: minutes at worst.
 TIMEOUT = httpx.Timeout(10, read=600)
@@ -46,7 +47,7 @@ def run(
     preference: str,
     server: str,
     *,
-    method: str,
+    method: str | None,
     rank: int | None,
     name: str | None,
     folder: Path | None,
@@ -71,11 +72,12 @@ def _beside(bank: Path) -> Path:
     return bank.with_name(f"{bank.name}-merges")
 
 
-def _merge_name(bank: Path, preference: str, method: str, rank: int | None) -> str:
+def _merge_name(bank: Path, preference: str, method: str | None, rank: int | None) -> str:
     """The merge's digest, and the rank it is cut to: what a folder of that name holds."""
     wish = Preference.parse(preference, allow_negative=True, source="--preference")
-    choice = parse_method(method, source="--method")
-    digest = Recipe(wish, choice, read_manifest(bank).digest).digest
+    choice = None if method is None else parse_method(method, source="--method")
+    offer = Offer(Outline.of_manifest(read_manifest(bank)))
+    digest = offer.recipe(wish, choice, "--preference", "--method").digest
     return digest if rank is None else f"{digest}-r{rank}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.outline import ModuleOutline, Outline
 from dynmerge.errors import MethodError
-from dynmerge.merging.choice import HEADER, parts_of, settled
+from dynmerge.merging.choice import HEADER, default_method, parse_method, parts_of, settled
 from dynmerge.merging.methods import METHODS
 from dynmerge.preference import GRID, Preference
 from dynmerge.recipe import MethodChoice, Recipe
@@ -17,6 +17,17 @@ WIDTHS: Mapping[str, Callable[[int, int, int], int]] = {
     "full": lambda least, stacked, asked: min(least, asked or stacked),
     "dense": lambda least, stacked, asked: least,
 }
+
+
+# What serves where nobody chose, if the bank was calibrated for it: docs/quality.md has the order.
+BEST = ("tara-a", "adamerging", "tuned")
+
+
+def default_for(bank: Outline | FactorBank) -> MethodChoice:
+    """What serves where nobody chose: the best calibration for all preferences, else `linear`."""
+    carried = (name for name in BEST if name in bank.calibrated and name not in bank.fixed_at)
+    best = next(carried, None)
+    return default_method() if best is None else parse_method(best)
 
 
 def in_background(method: MethodChoice) -> bool:
