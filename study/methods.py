@@ -6,6 +6,7 @@ looked at once, by whoever runs the rows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from dynmerge.merging.maps import Form
 from study.bench import Bench, Made, Maker, by
 from study.forms import COMPARED
 from study.plans import at_centre, for_all
+from study.sources import cache_folder
 
 CENTRE_ONLY, ALL = "centre", "all"
 
@@ -114,23 +116,32 @@ def learned(plan: Plan, where: str = CENTRE_ONLY, form: Form | None = None) -> R
     """A calibration, trained on unlabelled text and guarded by validation text."""
 
     def make(bench: Bench) -> tuple[Maker, object]:
-        training = trained(bench, plan, form)
-        checks = [(check.step, round(check.score, 4)) for check in training.checks]
-        return training.best.cores, {"checks": checks}
+        best, checks = trained(bench, plan, form)
+        return best.cores, {"checks": checks}
 
     return Row(make, DATA[plan.objective], where)
 
 
-def trained(bench: Bench, plan: Plan, form: Form | None = None) -> Training:
-    """One calibration run to its end."""
+def trained(
+    bench: Bench, plan: Plan, form: Form | None = None
+) -> tuple[Learned, list[tuple[int, float]]]:
+    """One calibration run to its end, and its held-out scores by step; kept for who asks again."""
     at = None if plan.at is None else tuple(bench.centre.tolist()) if not plan.at else plan.at
     settled = replace(plan, at=at, seed=bench.seed)
-    start = None if form is None else Learned.start(bench.bank, plan.method, form)
-    training = Training(
-        bench.student, bench.splits["calibration"], bench.splits["guard"], settled, start
-    )
+    start = Learned.start(bench.bank, plan.method, form or plan.form)
+    known = [repr(settled), start.form.coefficients.__name__, bench.bank.digest]
+    key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
+    path = cache_folder() / "learned" / f"{bench.suite}-{bench.seed}-{plan.method}-{key}.pt"
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        return start.holding(kept["tables"]), kept["checks"]
+    texts, guard = bench.splits["calibration"], bench.splits["guard"]
+    training = Training(bench.student, texts, guard, settled, start)
     training.run()
-    return training
+    checks = [(check.step, round(check.score, 4)) for check in training.checks]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"tables": training.best.tables, "checks": checks}, path)
+    return training.best, checks
 
 
 def regmean_rows(bench: Bench) -> tuple[Maker, object]:
@@ -159,7 +170,7 @@ def rho_scaled(plan: Plan) -> Row:
     """What was found at the centre, times N rho_i: how a fixed merge follows a preference."""
 
     def make(bench: Bench) -> tuple[Maker, object]:
-        best = trained(bench, plan).best
+        best, _ = trained(bench, plan)
         tasks = len(bench.bank.names)
 
         def cores(rho: Tensor) -> Made:

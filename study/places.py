@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def places(tasks: int) -> dict[str, Tensor]:
         "edge-third": edge(tasks, 2, 4),
         "mixed": mixed,
     }
+
+
+def grid_skills(names: Sequence[str]) -> tuple[str, str, str]:
+    """The three skills between which fronts are measured: the first, third and fifth."""
+    return names[0], names[2], names[4]
 
 
 def skewed(tasks: int, lead: int, share: float = 0.6) -> Tensor:

@@ -27,10 +27,12 @@ from dynmerge.calibration.bootstrap import (
     resamplings,
     share,
 )
+from dynmerge.calibration.front import hypervolume, monotonicity
+from dynmerge.calibration.simplex import even_grid
 from study.cells import Cell, read_cells
 from study.methods import ROWS
-from study.places import CENTRE, places
-from study.run import FIRST, SUITES
+from study.places import CENTRE, grid_skills, places
+from study.run import FIRST, GRID, GRID_ROWS, GRID_STEPS, SUITES
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEFAULT = "tara-a-map"  # the row that dynmerge serves where a bank carries it
@@ -117,6 +119,7 @@ def main() -> None:
         for name, table in (
             ("methods", methods_table(suite)),
             ("preferences", preferences_table(suite)),
+            ("fronts", fronts_table(suite)),
             ("aims", aims_table(suite)),
         ):
             text = replaced(text, f"{suite.name}-{name}", table)
@@ -262,6 +265,34 @@ def aims_table(suite: Suite) -> str:
                 [f"share of the gap from tuned to single that {method} closes", brackets(closed)]
             )
     return markdown(["question", "points of accuracy, or share, with the 95 % interval"], rows)
+
+
+def fronts_table(suite: Suite) -> str:
+    """What each method's grid of preferences reaches: its hypervolume, and how monotone it is."""
+    seed, skills = FIRST[suite.name], grid_skills(suite.tasks)
+    grid = even_grid(skills, GRID_STEPS)
+    rows, first = [], None
+    for name in GRID_ROWS:
+        found = [
+            {skill: suite.estimate(f"{GRID}{name}", skill, seed, str(one)) for skill in skills}
+            for one in grid
+        ]
+        if any(one is None for point in found for one in point.values()):
+            continue
+        points = [{skill: one for skill, one in point.items() if one} for point in found]
+        volume, steps = hypervolume(points), monotonicity(grid, points)
+        over = "" if first is None else signed(difference(volume, first).interval())
+        first = first or volume
+        within = f"{steps.within}/{steps.steps}"
+        rows.append([name, brackets(volume.interval()), over, within, f"{steps.as_measured}"])
+    head = [
+        "method",
+        "hypervolume",
+        "over the first (x 100)",
+        "steps that keep it, within",
+        "as measured",
+    ]
+    return markdown(head, rows)
 
 
 def gap_closed(suite: Suite, method: str) -> Interval | None:

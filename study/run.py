@@ -20,13 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dynmerge.calibration.evaluation import Score
+from dynmerge.calibration.simplex import even_grid
 from study.bench import Bench, Maker
 from study.cells import Cell, cells_file, read_cells
 from study.methods import ALL, FORM_ROWS, ROWS, Row, single, trained
-from study.places import CENTRE, places
+from study.places import CENTRE, grid_skills, places
 from study.plans import reference_plan
 
 SUITES: Mapping[str, Sequence[int]] = {"encoder": (0, 1, 2), "generative": (20, 21, 22)}
+GRID, GRID_STEPS = "grid:", 4
+GRID_ROWS = ("mean", "linear-p4", "adamerging-rho-scaled", "tara-a-map")
 FIRST = {suite: seeds[0] for suite, seeds in SUITES.items()}
 
 
@@ -96,10 +99,11 @@ def open_bench(suite: str, seed: int) -> Bench:
 
 
 def references(suite: str, seed: int) -> list[str]:
-    """Rows that optimise for one preference alone, on the first seed."""
+    """Rows of the first seed alone: optimised for one preference each, and fronts on a grid."""
     if seed != FIRST[suite]:
         return []
-    return [f"{method}-for-each" for method in ("adamerging", "core")]
+    each = [f"{method}-for-each" for method in ("tara-a", "core")]
+    return each + [f"{GRID}{name}" for name in GRID_ROWS]
 
 
 def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]:
@@ -112,9 +116,11 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
     elif name.endswith("-for-each"):
         for where, rho in places(len(bench.bank.names)).items():
             plan = reference_plan(name.removesuffix("-for-each"), tuple(rho.tolist()))
-            best = trained(bench, plan).best
+            best, _ = trained(bench, plan)
             for skill, score in bench.test(best.cores(rho), rho).items():
                 yield cell(name, where, skill, score, None)
+    elif name.startswith(GRID):
+        yield from on_grid(bench, name, rows[name.removeprefix(GRID)])
     elif name in ("joint", "osrm-mean", "osrm-p4"):
         from study.other_banks import other_scores
 
@@ -124,6 +130,18 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
         row = rows[name]
         maker, chosen = row.make(bench)
         yield from at_preferences(bench, name, maker, chosen, row.where == ALL)
+
+
+def on_grid(bench: Bench, name: str, row: Row) -> Iterator[Cell]:
+    """One method on an even grid between three skills; those alone count as their adapters."""
+    maker, chosen = row.make(bench)
+    names = bench.bank.names
+    for preference in even_grid(grid_skills(names), GRID_STEPS):
+        rho = torch.tensor(preference.vector(names))
+        made = maker(rho)
+        with_all = torch.tensor([float(one in grid_skills(names)) for one in names])
+        for skill, score in bench.test(made, with_all).items():
+            yield cell(name, str(preference), skill, score, chosen)
 
 
 def at_preferences(

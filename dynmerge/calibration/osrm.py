@@ -135,9 +135,9 @@ def apply(model: nn.Module, A: Mapping[str, Tensor], adapter_name: str = "defaul
     """Write A into a PEFT model's `lora_A`; `lora_B` is zero and stays so: the start is the base.
 
     Call it between `get_peft_model` and the training. The rows have norm 1 where those of PEFT's
-    own start are near 1/sqrt(3); nothing rescales them, as in the paper. Either all is written or
-    nothing: raises AdapterError where the adapter and A differ in layers or shapes, or `lora_B` is
-    not zero.
+    own start are near 1/sqrt(3); nothing rescales them, as in the released code. Either all
+    is written or nothing: raises AdapterError where the adapter and A differ in layers or shapes,
+    or `lora_B` is not zero.
     """
     layers = _adapted(model, adapter_name)
     if layers.keys() != A.keys():
