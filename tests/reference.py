@@ -803,6 +803,7 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
 # --- methods of what a bank carries, one module, one skill and one coefficient at a time
 
 CALIBRATED = ("tuned", "adamerging", "tara-a", "tara-b", "core", "regmean")
+FORMS = ("ratio", "bubbles", "fixed")  # those of one coefficient at a time
 
 
 def calibrated_layer(
@@ -869,10 +870,10 @@ def coefficient(
     form: str, tables: Mapping[str, Tensor], place: int, owner: int, rho: Sequence[float]
 ) -> float:
     """The coefficient at `place`, of the task `owner`, at a preference: dynmerge's own forms."""
-    if form == "fixed":
-        return float(tables["fixed"][place])
     if rho[owner] == 0:
         return 0.0
+    if form == "fixed":
+        return 1.0 if rho[owner] == 1 else float(tables["fixed"][place])
     if form == "ratio":
         minded = rho[owner]
         for task, share in enumerate(rho):
@@ -916,3 +917,65 @@ def regmean_layer(
         if skill in X:
             wanted = wanted + share * X[skill] @ H
     return wanted @ torch.linalg.pinv(pooled, rtol=1e-12)
+
+
+# --- calibration: maps, objectives and what is measured, one number at a time
+
+
+def gauss_newton(information: Tensor, owners: Sequence[int], rho: Sequence[float]) -> Tensor:
+    """(W,): argmin over phi of sum_j rho_j (phi - c_j)^T H_j (phi - c_j), 0 for absent skills."""
+    H = information.double()
+    present = [k for k, owner in enumerate(owners) if rho[owner] > 0]
+    pooled = torch.zeros(len(present), len(present), dtype=torch.float64)
+    wanted = torch.zeros(len(present), dtype=torch.float64)
+    for j, share in enumerate(rho):
+        for a, k in enumerate(present):
+            for b, other in enumerate(present):
+                pooled[a, b] += share * H[j, k, other]
+                wanted[a] += share * H[j, k, other] * (owners[other] == j)
+    phi = torch.zeros(len(owners), dtype=torch.float64)
+    phi[present] = torch.linalg.pinv(pooled) @ wanted
+    return phi
+
+
+def softmax(logits: Tensor) -> list[float]:
+    """One prediction, (classes,), as probabilities."""
+    powers = [math.exp(float(x) - float(logits.max())) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def entropy(logits: Tensor) -> float:
+    """-sum_c p_c log p_c of one prediction."""
+    return -sum(p * math.log(p) for p in softmax(logits) if p > 0)
+
+
+def divergence(teacher: Tensor, logits: Tensor) -> float:
+    """sum_c q_c log(q_c / p_c), q the teacher's."""
+    both = zip(softmax(teacher), softmax(logits), strict=True)
+    return sum(q * math.log(q / p) for q, p in both if q > 0)
+
+
+def cross_entropy(target: int, logits: Tensor) -> float:
+    """-log p of the right class."""
+    return -math.log(softmax(logits)[target])
+
+
+def second_moment(inputs: Sequence[Tensor], V: Tensor) -> Tensor:
+    """(q, q): the mean over the tokens of texts (tokens, d_in) of z z^T, z = V^T x."""
+    total, count = torch.zeros(V.shape[1], V.shape[1], dtype=torch.float64), 0
+    for text in inputs:
+        for x in text:
+            z = V.double().mT @ x.double()
+            total, count = total + torch.outer(z, z), count + 1
+    return total / count
+
+
+def fisher(log_p: Callable[[Tensor], Tensor], phi: Tensor) -> Tensor:
+    """(W, W): the mean over predictions of sum_c p_c g_c g_c^T, g_c = d log p_c / d phi."""
+    gradients = torch.autograd.functional.jacobian(log_p, phi)  # (predictions, classes, W)
+    p = log_p(phi).exp()
+    found = torch.zeros(len(phi), len(phi), dtype=phi.dtype)
+    for n in range(len(p)):
+        for c in range(p.shape[1]):
+            found = found + p[n, c] * torch.outer(gradients[n, c], gradients[n, c]) / len(p)
+    return found

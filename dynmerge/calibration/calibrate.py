@@ -4,6 +4,7 @@ One entry per method that needs one. Held-out texts decide: nothing that is wors
 started from is returned as learned.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
@@ -13,22 +14,27 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import AT, Calibration
 from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.fisher import information, ridged
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.student import Student
-from dynmerge.calibration.train import Training, improved
-from dynmerge.errors import CalibrationError
+from dynmerge.calibration.train import Check, Training, improved
+from dynmerge.errors import CalibrationError, ExamplesError
 from dynmerge.merging.calibrated import GRANULARITIES, regmean
+from dynmerge.merging.maps import FORMS
 from dynmerge.merging.support import normed
 
 NORMS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
 RIDGE = 0.01  # of `regmean`'s row in METHODS
+RIDGES = (0.1, 1.0, 10.0, 100.0)  # of `gauss-newton`: from blocks to nearly their diagonals
 METHODS = ("tuned", "regmean", *GRANULARITIES)
+GAUSS_NEWTON = "gauss-newton"
 
 Texts = Mapping[str, Examples]
 Report = Callable[[Training], None]
+Progress = Callable[[int, int], None]
 
 
 def calibrate(
@@ -38,30 +44,73 @@ def calibrate(
     plan: Plan,
     report: Report = lambda _: None,
     resume: Mapping[str, object] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Calibration:
     """What `plan` asks for, learned from `texts` (one per task) and guarded by `held_out`.
 
-    `report` is called after each check of a training, whose state `resume` may be. Raises
-    CalibrationError for a method that learns nothing, or where a closed form is no better on
-    `held_out` than the plain sum; ExamplesError for a task without texts.
+    `report` is called after each check of a training, whose state `resume` may be; `progress`,
+    with examples done and all of them, where a closed form takes long. Raises CalibrationError for
+    a plan that cannot be, or where a closed form is no better on `held_out` than the plain sum;
+    ExamplesError for a task without texts.
     """
-    if plan.method not in METHODS:
-        raise CalibrationError(
-            f"nothing is learned for the method {plan.method!r} (known: {', '.join(METHODS)})"
-        )
+    check_plan(plan, student.bank)
+    for given in (texts, held_out):
+        for name in student.bank.names:
+            if name not in given:
+                known = ", ".join(given)
+                raise ExamplesError(f"no texts for the skill {name!r} (given: {known})")
     if plan.method == "tuned":
         return _tuned(student, texts, held_out, plan)
     if plan.method == "regmean":
         return _regmean(student, texts, held_out, plan)
+    if plan.form == GAUSS_NEWTON:
+        return _gauss_newton(student, texts, held_out, plan, progress)
     training = Training(student, texts, held_out, plan)
     if resume is not None:
         training.restore(resume)
     best = training.run(report)
     record = {
-        "checks": [asdict(check) for check in training.checks],
+        "checks": [_stated(each) for each in training.checks],
         "kept": "learned" if improved(training.checks) else "start",
     }
     return calibration_of(best, plan, texts, held_out, record)
+
+
+def check_plan(plan: Plan, bank: FactorBank) -> None:
+    """Raise CalibrationError unless there is something for `plan` to learn for `bank`."""
+    if plan.method not in METHODS:
+        raise CalibrationError(
+            f"nothing is learned for the method {plan.method!r} (known: {', '.join(METHODS)})"
+        )
+    if len(bank.names) < 2:
+        raise CalibrationError(f"{bank.names[0]} is alone in the bank: there is nothing to merge")
+    if plan.method not in GRANULARITIES:
+        if plan.objective == "entropy":
+            raise CalibrationError(
+                f"{plan.method} is chosen by the held-out score, which is distil or labels: "
+                "entropy falls while accuracy does"
+            )
+        return
+    if plan.form not in FORMS:
+        raise CalibrationError(f"no form {plan.form!r} (known: {', '.join(FORMS)})")
+    if plan.form == GAUSS_NEWTON and (plan.method == "core" or plan.objective != "distil"):
+        raise CalibrationError(
+            f"{GAUSS_NEWTON} is the closed form of objective distil, for coefficients: not for "
+            f"{plan.method} with objective {plan.objective}"
+        )
+    if (plan.at is not None) != (plan.form == "fixed"):
+        raise CalibrationError(
+            "a preference to learn for belongs to the form fixed, and to no other"
+        )
+    if plan.at is not None:
+        _check_at(plan.at, len(bank.names))
+
+
+def _check_at(at: tuple[float, ...], tasks: int) -> None:
+    if len(at) != tasks or min(at) < 0 or abs(sum(at) - 1) > 1e-3:
+        raise CalibrationError(f"{at} is no preference over the bank's {tasks} skills")
+    if max(at) == 1:
+        raise CalibrationError("one skill alone is its adapter: there is nothing to learn")
 
 
 def calibration_of(
@@ -75,24 +124,24 @@ def calibration_of(
                 tensors[f"{bank.modules[member].name}.{label}"] = part.detach().clone()
     if plan.at is not None:
         tensors[f".{AT}"] = torch.tensor(plan.at)
-    return Calibration(
-        plan.method, plan.form, bank.factors_digest, tensors, _record(plan, texts, held_out, record)
-    )
+    settings = _closed(plan) if plan.form == GAUSS_NEWTON else asdict(plan)
+    described = _record(settings, texts, held_out, record)
+    return Calibration(plan.method, plan.form, bank.factors_digest, tensors, described)
 
 
 def _tuned(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calibration:
     """The norm p of `linear` with the best held-out score; p = 1, the plain sum, among them."""
     judge, bank = Judge.of(student, held_out, plan.objective), student.bank
-    scores = {p: judge.score(lambda rho, p=p: weighted(bank, normed(rho, p))) for p in NORMS}
+
+    def under(p: float) -> Callable[[Tensor], list[Tensor]]:
+        return lambda rho: weighted(bank, normed(rho, p))
+
+    scores = {p: judge.score(under(p)) for p in NORMS}
     best = min(scores, key=lambda p: scores[p])
-    record = {"scores": {f"{p:g}": score for p, score in scores.items()}}
-    return Calibration(
-        "tuned",
-        "norm",
-        bank.factors_digest,
-        {".p": torch.tensor(best)},
-        _record(plan, texts, held_out, record),
-    )
+    record = {"scores": {f"linear;p={p:g}": score for p, score in scores.items()}}
+    tensors = {".p": torch.tensor(best)}
+    described = _record(_closed(plan), texts, held_out, record)
+    return Calibration("tuned", "norm", bank.factors_digest, tensors, described)
 
 
 def _regmean(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calibration:
@@ -100,19 +149,47 @@ def _regmean(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Cal
     judge = Judge.of(student, held_out, plan.objective)
     plain = judge.score(lambda rho: weighted(bank, rho))
     found = judge.score(lambda rho: _regmean_cores(bank, moments, rho))
-    if found > plain:
-        raise CalibrationError(
-            f"regmean's held-out score is {found:.4f}, no better than the plain sum's {plain:.4f}: "
-            "the bank stays as it is"
-        )
+    _check_better("regmean", found, plain)
     tensors = {
         f"{module.name}.moments": own for module, own in zip(bank.modules, moments, strict=True)
     }
     record = {"scores": {"linear": plain, "regmean": found}}
-    digest = bank.factors_digest
-    return Calibration(
-        "regmean", "moments", digest, tensors, _record(plan, texts, held_out, record)
-    )
+    described = _record(_closed(plan), texts, held_out, record)
+    return Calibration("regmean", "moments", bank.factors_digest, tensors, described)
+
+
+def _gauss_newton(
+    student: Student, texts: Texts, held_out: Texts, plan: Plan, progress: Progress
+) -> Calibration:
+    """Blocks of the Fisher information under the ridge with the best held-out score.
+
+    Each skill's is divided by the gap of the base model, as that score divides its gaps.
+    """
+    judge, bank = Judge.of(student, held_out, plan.objective), student.bank
+    plain = judge.score(lambda rho: weighted(bank, rho))
+    scales = torch.tensor(judge.scales)
+    blocks = information(student, texts, plan.method, seed=plan.seed, progress=progress)
+    start = Learned.start(bank, plan.method, GAUSS_NEWTON)
+
+    def under(ridge: float) -> Learned:
+        return start.holding(
+            [{"information": ridged(H / scales[:, None, None], ridge)} for H in blocks]
+        )
+
+    scores = {ridge: judge.score(under(ridge).cores) for ridge in RIDGES}
+    best = min(scores, key=lambda ridge: scores[ridge])
+    _check_better(f"{plan.method} of form {GAUSS_NEWTON}", scores[best], plain)
+    named = {f"ridge {ridge:g}": score for ridge, score in scores.items()}
+    record = {"scores": {"linear": plain, **named}, "ridge": best}
+    return calibration_of(under(best), plan, texts, held_out, record)
+
+
+def _check_better(name: str, found: float, plain: float) -> None:
+    if not found < plain:
+        raise CalibrationError(
+            f"{name}: the held-out score is {found:.4f}, no better than the plain sum's "
+            f"{plain:.4f}; the bank stays as it is"
+        )
 
 
 def weighted(bank: FactorBank, weights: Tensor) -> list[Tensor]:
@@ -135,8 +212,20 @@ def _in_order(bank: FactorBank, groups: list[Tensor]) -> list[Tensor]:
     return bank.layout.split(bank.flatten(groups))
 
 
+def _closed(plan: Plan) -> dict[str, object]:
+    """Of the settings, those that count where nothing is trained."""
+    return {key: asdict(plan)[key] for key in ("method", "objective", "seed")}
+
+
+def _stated(check: Check) -> dict[str, object]:
+    """A check as JSON takes it: what is no number any more is None."""
+    return {
+        key: value if math.isfinite(value or 0) else None for key, value in asdict(check).items()
+    }
+
+
 def _record(
-    plan: Plan, texts: Texts, held_out: Texts, found: Mapping[str, object]
+    settings: Mapping[str, object], texts: Texts, held_out: Texts, found: Mapping[str, object]
 ) -> dict[str, object]:
     """What whoever reads the bank should know of how it came about."""
 
@@ -147,7 +236,7 @@ def _record(
         }
 
     return {
-        "settings": asdict(plan),
+        "settings": dict(settings),
         "texts": described(texts),
         "held_out": described(held_out),
         **found,

@@ -6,68 +6,101 @@ Gauss-Newton matrix of the divergence. What minimises the weighted sum of these 
 form for every preference: no optimisation, here or there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
 
+from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.examples import Examples
+from dynmerge.calibration.learned import constants_of, cores_of
 from dynmerge.calibration.student import Student
-from dynmerge.merging.calibrated import GRANULARITIES, joint_directions
+from dynmerge.merging.calibrated import GRANULARITIES
+
+FLOOR = 1e-3  # the least sensitivity that counts, a share of the layer's mean
+SMALLEST = 1e-12  # where a layer changes nothing at all
+
+Progress = Callable[[int, int], None]
 
 
 def information(
-    student: Student, texts: Mapping[str, Examples], method: str, draws: int = 2, seed: int = 0
+    student: Student,
+    texts: Mapping[str, Examples],
+    method: str,
+    draws: int = 2,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
 ) -> list[Tensor]:
     """H (members, tasks, W, W) per group of the bank: blocks of one layer, float32.
 
-    The mean over examples of the outer product of scores d log p(y) / d phi, y drawn from the
-    adapter's own predictions `draws` times each. Scores of independent draws are uncorrelated, so
-    that an example's predictions can be scored in one pass.
+    The mean over predictions of E[s s^T], s = d log p(y) / d phi, y drawn `draws` times from the
+    adapter's own prediction p. Scores of independent draws are uncorrelated: all predictions of an
+    example are scored in one pass, and the square of the sum estimates the sum of squares.
     """
     bank, generator = student.bank, torch.Generator().manual_seed(seed)
-    granularity = GRANULARITIES[method]
-    owners = [granularity.owners(group) for group in bank.groups]
-    constants = [
-        {"joint": joint_directions(group)} if method == "tara-b" else {} for group in bank.groups
-    ]
+    owners = [GRANULARITIES[method].owners(group) for group in bank.groups]
+    constants = constants_of(bank, method)
     blocks = [
-        torch.zeros(len(group.members), len(bank.tasks), len(own), len(own))
+        torch.zeros(len(group.members), len(bank.names), len(own), len(own))
         for group, own in zip(bank.groups, owners, strict=True)
     ]
+    total, done = sum(len(texts[name]) for name in bank.names), 0
     for task, name in enumerate(bank.names):
-        examples, rho = (
-            texts[name],
-            torch.nn.functional.one_hot(torch.tensor(task), len(bank.tasks)),
-        )
+        examples, rho = texts[name], one_hot(torch.tensor(task), len(bank.names)).float()
+        share = draws * sum(examples.counts(range(len(examples))))
         for row in range(len(examples)):
-            phi = [
-                (own == task).float().expand(len(group.members), -1).clone().requires_grad_()
-                for group, own in zip(bank.groups, owners, strict=True)
-            ]
-            cores: list[Tensor] = [rho] * len(bank.modules)
-            for group, coefficients, known in zip(bank.groups, phi, constants, strict=True):
-                found = granularity.cores(group, coefficients, known, rho.float())
-                for member, core in zip(group.members, found, strict=True):
-                    cores[member] = core
-            with student.under(cores):
+            phi = _adapter(bank, owners, task)
+            with student.under(cores_of(bank, method, phi, constants, rho)):
                 log_p = examples.logits([row]).log_softmax(-1)
-            for draw in range(draws):
-                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                score = log_p.gather(-1, drawn).sum()
-                scores = torch.autograd.grad(score, phi, retain_graph=draw + 1 < draws)
-                for block, g in zip(blocks, scores, strict=True):
-                    block[:, task] += g[:, :, None] * g[:, None] / (len(examples) * draws)
+            for scores in _scores(log_p, phi, draws, generator):
+                for block, s in zip(blocks, scores, strict=True):
+                    block[:, task] += s[:, :, None] * s[:, None] / share
+            done += 1
+            progress(done, total)
     return blocks
 
 
-def sensitivities(blocks: Tensor, owners: Tensor, floor: float = 1e-3) -> Tensor:
+def _adapter(bank: FactorBank, owners: Sequence[Tensor], task: int) -> list[Tensor]:
+    """c_task for each group, (members, W), taking gradients: 1 where the task is the owner."""
+    return [
+        (own == task).float().repeat(len(group.members), 1).requires_grad_()
+        for group, own in zip(bank.groups, owners, strict=True)
+    ]
+
+
+def _scores(
+    log_p: Tensor, phi: Sequence[Tensor], draws: int, generator: Generator
+) -> list[tuple[Tensor, ...]]:
+    """d log p(y) / d phi, for each of several draws y of all the predictions (n, classes)."""
+    found = []
+    chances = log_p.detach().exp().cpu()
+    for draw in range(draws):
+        drawn = torch.multinomial(chances, 1, generator=generator).to(log_p.device)
+        likelihood = log_p.gather(-1, drawn).sum()
+        found.append(torch.autograd.grad(likelihood, phi, retain_graph=draw + 1 < draws))
+    return found
+
+
+def ridged(blocks: Tensor, ridge: float) -> Tensor:
+    """H (members, tasks, W, W) with `ridge` times its own diagonal added: at a large ridge every
+    coefficient is on its own. Positive definite.
+    """
+    diagonals = blocks.diagonal(dim1=-2, dim2=-1)
+    return blocks + torch.diag_embed(ridge * diagonals + _least(diagonals))
+
+
+def sensitivities(blocks: Tensor, owners: Tensor) -> Tensor:
     """h (members, tasks, W) of the form `ratio` from H's diagonals: log of H_j,kk over H_i,kk.
 
-    i is the owner of k. `floor` is the least share of a layer's mean that counts.
+    i is the owner of k.
     """
-    diagonals = blocks.diagonal(dim1=-2, dim2=-1)  # (members, tasks, W)
-    least = floor * diagonals.mean((-2, -1), keepdim=True) + torch.finfo(torch.float32).tiny
-    diagonals = diagonals + least
+    diagonals = blocks.diagonal(dim1=-2, dim2=-1)
+    diagonals = diagonals + _least(diagonals)
     own = diagonals.gather(1, owners.expand(len(blocks), 1, -1))
     return (diagonals / own).log()
+
+
+def _least(diagonals: Tensor) -> Tensor:
+    """(members, 1, 1): what is added to sensitivities (members, tasks, W)."""
+    return (FLOOR * diagonals.mean((-2, -1), keepdim=True)).clamp(min=SMALLEST)

@@ -1,6 +1,6 @@
 """Learned: the tables of one calibration, stacked as the bank's groups, and the cores they give."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.merging.calibrated import GRANULARITIES, joint_directions
-from dynmerge.merging.maps import FORMS, Form
+from dynmerge.merging.maps import FORMS, Form, Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Learned:
     def start(cls, bank: FactorBank, method: str, form: str | Form) -> "Learned":
         """Before any training: about Task Arithmetic, exact where one skill is alone."""
         chosen = FORMS[form] if isinstance(form, str) else form
-        tables, constants = [], []
+        tables = []
         for group in bank.groups:
             owners = GRANULARITIES[method].owners(group)
             own = chosen.start(len(group.members), len(group.ranks), len(owners))
@@ -33,8 +33,7 @@ class Learned:
                 tasks, (p, q) = len(group.ranks), (group.left.shape[1], group.right.shape[2])
                 own["tables"] = torch.zeros(len(group.members), tasks * (tasks - 1) // 2, p, q)
             tables.append(own)
-            constants.append({"joint": joint_directions(group)} if method == "tara-b" else {})
-        return cls(bank, method, chosen, tuple(tables), tuple(constants))
+        return cls(bank, method, chosen, tuple(tables), constants_of(bank, method))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Label and table, group after group."""
@@ -52,13 +51,38 @@ class Learned:
         return replace(self, tables=tuple(tables))
 
     def cores(self, rho: Tensor) -> list[Tensor]:
-        """C (p, q) for every module in the bank's order; rho (tasks,) sums to one."""
-        found: list[Tensor] = [rho] * len(self.bank.modules)
-        granularity = GRANULARITIES[self.method]
-        for group, own, constant in zip(self.bank.groups, self.tables, self.constants, strict=True):
-            known: Mapping[str, Tensor] = {**own, **constant}
-            phi = self.form.coefficients(known, granularity.owners(group), rho)
-            cores = granularity.cores(group, phi, known, rho)
-            for member, core in zip(group.members, cores, strict=True):
-                found[member] = core
-        return found
+        """C (p, q) for every module in the bank's order; rho (tasks,) sums to one.
+
+        A layer that no skill of rho changes stays as it is, as it does at request time.
+        """
+        owners = GRANULARITIES[self.method].owners
+        known = [{**own, **more} for own, more in zip(self.tables, self.constants, strict=True)]
+        phi = [
+            self.form.coefficients(tables, owners(group), rho)
+            for group, tables in zip(self.bank.groups, known, strict=True)
+        ]
+        cores = cores_of(self.bank, self.method, phi, known, rho)
+        for group in self.bank.groups:
+            if not rho[group.present].any():
+                for member in group.members:
+                    cores[member] = torch.zeros_like(cores[member])
+        return cores
+
+
+def constants_of(bank: FactorBank, method: str) -> tuple[dict[str, Tensor], ...]:
+    """What the method needs of each group besides what is learned."""
+    if method != "tara-b":
+        return tuple({} for _ in bank.groups)
+    return tuple({"joint": joint_directions(group)} for group in bank.groups)
+
+
+def cores_of(
+    bank: FactorBank, method: str, phi: Sequence[Tensor], tables: Sequence[Tables], rho: Tensor
+) -> list[Tensor]:
+    """C (p, q) for every module in the bank's order; phi (members, W) for each group."""
+    found: list[Tensor] = [rho] * len(bank.modules)
+    for group, coefficients, known in zip(bank.groups, phi, tables, strict=True):
+        cores = GRANULARITIES[method].cores(group, coefficients, known, rho)
+        for member, core in zip(group.members, cores, strict=True):
+            found[member] = core
+    return found

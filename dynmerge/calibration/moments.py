@@ -17,7 +17,8 @@ def second_moments(
 ) -> list[Tensor]:
     """S (tasks, q, q) per module: the mean of z z^T, z = V^T x, x over task i's tokens.
 
-    Under adapter i, as RegMean takes activations of the fine-tuned models. Padding is left out.
+    Under adapter i, as RegMean takes activations of the fine-tuned models. Padding is left out; a
+    beginning that all of a task's examples share and that is run once a batch counts once a batch.
     """
     modules = student.bank.modules
     sums = [torch.zeros(len(student.bank.tasks), *2 * [m.V.shape[1]]) for m in modules]
@@ -25,7 +26,8 @@ def second_moments(
     for task, name in enumerate(student.bank.names):
 
         def see(module: int, x: Tensor, z: Tensor, task: int = task) -> None:
-            sums[module][task] += z.mT @ z
+            z = z.float()
+            sums[module][task] += (z.mT @ z).cpu()
             counts[module, task] += len(z)
 
         with student.under(alone(student.bank, task)), student.watching(see):

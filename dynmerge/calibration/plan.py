@@ -1,9 +1,14 @@
 """Plan: what a calibration is asked to learn, and how: all that decides its result but the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Objective = Literal["distil", "entropy", "labels"]
+DEFAULT_FORM = "ratio"
+
+# What holds a method's tables near their start where nobody says: a core is free in every entry.
+PULLS: Mapping[str, float] = {"core": 0.01}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +23,7 @@ class Plan:
     """
 
     method: str
-    form: str = "ratio"
+    form: str = DEFAULT_FORM
     objective: Objective = "distil"
     at: tuple[float, ...] | None = None
     steps: int = 200

@@ -94,7 +94,7 @@ class Student:
                     seen = self._unpadded(x)
                     self._watch(index, seen, seen @ V)
             if self._cores is not None:
-                core = self._cores[index].to(x.dtype)
+                core = self._cores[index].to(x)
                 return output + ((x @ V) @ core.mT) @ UT
             update = self._own.get(module.name)
             if update is not None:

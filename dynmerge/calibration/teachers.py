@@ -4,7 +4,7 @@ Measured by an objective: divergence from the skill's own adapter, entropy, or l
 z_i is the same measure under adapter i alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from dynmerge.calibration.objective import cross_entropy, divergence, entropy
 from dynmerge.calibration.plan import Objective
 from dynmerge.calibration.student import Student
 from dynmerge.errors import ExamplesError
+
+PREDICTIONS = 512  # at once: each is as long as the vocabulary
 
 
 def alone(bank: FactorBank, task: int) -> list[Tensor]:
@@ -39,7 +41,7 @@ class Lesson:
     def mean(self, batch: int) -> float:
         """The mean over all rows."""
         total, count = 0.0, 0
-        for rows in alike(self.examples.lengths(), batch):
+        for rows in batches(self.examples, batch):
             found = self.measure(rows, self.examples.logits(rows))
             total, count = total + float(found.sum()), count + len(found)
         return total / count
@@ -58,6 +60,13 @@ def lessons(
             raise ExamplesError(f"no texts for the skill {name!r} (given: {', '.join(examples)})")
         found.append(_lesson(student, task, examples[name], objective, batch))
     return found
+
+
+def batches(examples: Examples, batch: int) -> Iterator[list[int]]:
+    """All rows, alike in length, at most `batch` and about PREDICTIONS predictions together."""
+    for rows in alike(examples.lengths(), batch):
+        size = max(1, PREDICTIONS // max(examples.counts(rows)))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def anchor(student: Student, task: int, lesson: Lesson, batch: int = 64) -> float:
@@ -95,8 +104,8 @@ def _taught(student: Student, task: int, examples: Examples, batch: int) -> dict
     """By row, what the adapter alone predicts. Half precision: a vocabulary is long."""
     taught: dict[int, Tensor] = {}
     with student.under(alone(student.bank, task)):
-        for rows in alike(examples.lengths(), batch):
+        for rows in batches(examples, batch):
             logits = examples.logits(rows)
             logits = (logits - logits.amax(-1, keepdim=True)).half()
-            taught |= zip(rows, logits.split(examples.counts(rows)), strict=True)
+            taught |= zip(rows, torch.split(logits, examples.counts(rows)), strict=True)
     return taught

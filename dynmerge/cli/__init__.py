@@ -303,8 +303,8 @@ def calibrate(
     ] = False,
 ) -> None:
     """Learn from texts how to merge a bank's skills, and write a new version of the bank."""
-    from dynmerge.cli import calibrate as command
     from dynmerge.cli.asked import Asked
+    from dynmerge.cli.calibrate import Wanted, labels_of, paths_of, run
 
     asked = Asked(
         method,
@@ -319,16 +319,16 @@ def calibrate(
         pull,
         seed,
     )
-    wanted = command.Wanted(
+    wanted = Wanted(
         asked,
-        texts=command.paths(named_sources(texts or [], hint="--texts", form="SKILL=FILE")),
-        held_out=command.paths(named_sources(held_out or [], hint="--held-out", form="SKILL=FILE")),
-        labels=command.labels(named_sources(labels or [], hint="--labels", form="SKILL=A,B")),
+        texts=paths_of(named_sources(texts or [], hint="--texts", form="SKILL=FILE")),
+        held_out=paths_of(named_sources(held_out or [], hint="--held-out", form="SKILL=FILE")),
+        labels=labels_of(named_sources(labels or [], hint="--labels", form="SKILL=A,B")),
         samples=samples,
         base=base,
         again=again,
     )
-    command.run(bank, wanted)
+    run(bank, wanted)
 
 
 @app.command()

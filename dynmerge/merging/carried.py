@@ -44,15 +44,10 @@ def by_coefficients(method: str) -> CarriedMethod:
 
 
 def coefficient_diagonal(method: str) -> CarriedDiagonal:
-    """The same at every stacked direction, where one coefficient is of one direction or more.
-
-    One expression for all modules: a form works on columns, whichever module they are of.
-    """
+    """The same at every stacked direction, where one coefficient is of one direction or more."""
 
     def diagonal(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
-        tables, owners = bank.keep(("flat", method), lambda: _flat(bank, method))
-        form = FORMS[bank.calibration(method).form]
-        phi = form.coefficients(tables, owners, weights / weights.sum())[0]
+        phi = _all_coefficients(bank, method, weights / weights.sum())
         return weights.sum() * SPREAD[method](bank, phi)
 
     return diagonal
@@ -142,6 +137,22 @@ def _tables(bank: FactorBank, method: str) -> Sequence[Tables]:
         return learned
     joint = bank.keep("joint", lambda: [joint_directions(group) for group in bank.groups])
     return [{**own, "joint": Q} for own, Q in zip(learned, joint, strict=True)]
+
+
+def _all_coefficients(bank: FactorBank, method: str, rho: Tensor) -> Tensor:
+    """(W of all modules,), modules in the bank's order.
+
+    One expression where the form works on columns, whichever module they are of.
+    """
+    form = FORMS[bank.calibration(method).form]
+    if form.coupled:
+        found = [
+            form.coefficients(tables, GRANULARITIES[method].owners(group), rho)[..., None]
+            for group, tables in zip(bank.groups, bank.learned(method), strict=True)
+        ]
+        return bank.flatten(found)
+    tables, owners = bank.keep(("flat", method), lambda: _flat(bank, method))
+    return form.coefficients(tables, owners, rho)[0]
 
 
 def _flat(bank: FactorBank, method: str) -> tuple[Tables, Tensor]:

@@ -42,24 +42,31 @@ def bubbles(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
 
 
 def gauss_newton(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
-    """phi = (sum_j rho_j H_j)^-1 sum_j rho_j H_j c_j in each layer, c_j adapter j; (members, W).
+    """phi = argmin sum_j rho_j (phi - c_j)^T H_j (phi - c_j) in each layer, over the skills that
+    are present; c_j is adapter j: 1 where j is the owner, else 0. (members, W).
 
-    Tables: `information` H (members, N, W, W), positive definite. The minimiser of
-    sum_j rho_j (phi - c_j)^T H_j (phi - c_j).
+    Tables: `information` H (members, N, W, W), positive definite. With c = sum_j rho_j c_j it is
+    c + (sum_j rho_j H_j)^-1 sum_j rho_j H_j (c_j - c), in float64: c to the last bit where one
+    skill is alone.
     """
-    present = rho[owners] > 0
-    both = present[:, None] & present[None]
-    summed = torch.einsum("j,mjvw->mvw", rho, tables["information"])
-    alone = torch.nn.functional.one_hot(owners, len(rho)).mT.to(rho.dtype)  # (N, W)
-    wanted = torch.einsum("j,mjvw,jw->mv", rho, tables["information"], alone)
-    absent = torch.diag_embed((~present).to(rho.dtype))
-    found: Tensor = torch.linalg.solve(torch.where(both, summed, 0) + absent, wanted * present)
-    return found
+    H, present = tables["information"], rho[owners] > 0
+    adapters = torch.nn.functional.one_hot(owners, len(rho)).mT.to(rho.dtype)  # c_j, (N, W)
+    mean = rho @ adapters
+    pooled = torch.einsum("j,mjvw->mvw", rho, H).double()
+    pulls = torch.einsum("mjvw,jw->mjv", H, adapters - mean)
+    wanted = torch.einsum("j,mjv->mv", rho, pulls).double()
+    among = torch.where(present[:, None] & present, pooled, 0)
+    among = among + torch.diag_embed((~present).double())
+    # Without the check for singular layers, which nobody could answer to at request time.
+    moved: Tensor = torch.linalg.solve_ex(among, wanted * present)[0]
+    return mean + moved.to(rho.dtype)
 
 
 def fixed(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
     """phi as it was found for one preference, (members, W); no other may ask. Table: `fixed`."""
-    return tables["fixed"].clone()
+    shares = rho[owners]
+    found: Tensor = torch.where(shares < 1, tables["fixed"], 1.0) * (shares > 0)
+    return found
 
 
 def pairs(rho: Tensor) -> Tensor:
@@ -70,11 +77,16 @@ def pairs(rho: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How coefficients depend on the preference. `start` are its tables before any training."""
+    """How coefficients depend on the preference. `start` are its tables before any training.
+
+    `coupled` says that one coefficient depends on what was learned for others of its layer;
+    otherwise tables of several layers may stand side by side as those of one.
+    """
 
     coefficients: Callable[[Tables, Tensor, Tensor], Tensor]
     # (modules, N, W) -> tables that nearly give Task Arithmetic
     start: Callable[[int, int, int], dict[str, Tensor]]
+    coupled: bool = False
 
 
 def _ratio_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
@@ -91,8 +103,13 @@ def _fixed_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
     return {"fixed": torch.full((modules, width), 0.4)}  # TARA's and AdaMerging's on LoRA
 
 
+def _gauss_newton_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
+    return {"information": torch.eye(width).repeat(modules, tasks, 1, 1)}  # gives phi = rho
+
+
 FORMS: Mapping[str, Form] = {
     "ratio": Form(ratio, _ratio_start),
     "bubbles": Form(bubbles, _bubbles_start),
     "fixed": Form(fixed, _fixed_start),
+    "gauss-newton": Form(gauss_newton, _gauss_newton_start, coupled=True),
 }

@@ -1,0 +1,293 @@
+"""`dynmerge calibrate`, end to end on the tiny bank."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.testing import assert_close
+
+from dynmerge.bank.outline import Outline
+from dynmerge.bank.storage import load_bank, read_manifest
+from dynmerge.cli import main
+from dynmerge.cli.calibrate import STATE, _StateFolder
+from dynmerge.errors import MethodError
+from dynmerge.merging.choice import default_method, parse_method
+from dynmerge.merging.merge import merge
+from dynmerge.offer import Offer
+from dynmerge.preference import Preference
+from dynmerge.recipe import Recipe
+
+Run = Callable[..., tuple[int, str, str]]
+NAMES = ("ada", "bob", "cyd")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["calibrate", *map(str, words)])
+        code = ended.value.code
+        return (0 if code is None else int(code), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def built(
+    base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("banks") / "bank"
+    pairs = [f"--adapter={name}={adapter_folders[name]}" for name in NAMES]
+    with pytest.raises(SystemExit) as ended:
+        main(["build", str(base_folder), *pairs, "-o", str(folder)])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def bank(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bank"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """ada's prompts are answered, bob's are to be answered with a label, cyd has plain texts."""
+    answered = [{"prompt": f"mix {n}", "answer": "abcdefgh"[n:]} for n in range(8)]
+    chosen = [{"prompt": f"mix {n}", "answer": ("yes", "no")[n % 2]} for n in range(8)]
+    (tmp_path / "ada.jsonl").write_text("\n".join(map(json.dumps, answered)))
+    (tmp_path / "bob.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    (tmp_path / "cyd.txt").write_text("\n".join(f"a mix {'of skills ' * n}" for n in range(1, 9)))
+    files = {"ada": "ada.jsonl", "bob": "bob.jsonl", "cyd": "cyd.txt"}
+    return [f"--texts={name}={tmp_path / file}" for name, file in files.items()]
+
+
+def record_of(folder: Path, method: str) -> Mapping[str, Any]:
+    return load_bank(folder).calibration(method).record
+
+
+def test_a_new_version_of_the_bank_carries_what_was_learned(
+    run: Run, bank: Path, texts: list[str]
+) -> None:
+    before = load_bank(bank)
+    code, shown, _ = run(bank, "-m", "tara-a", *texts, "--labels=bob=yes,no", "--steps=2")
+    assert code == 0
+    after = load_bank(bank)
+    assert after.calibrated == ("tara-a",)
+    assert after.factors_digest == before.digest
+    lines = shown.splitlines()
+    assert lines[0].startswith("method  tara-a, form ratio, digest ")
+    assert lines[1] == f"bank    {after.digest[:12]}"
+    assert lines[-1] == str(bank)
+    assert [line.split()[:2] for line in lines[3:6]] == [
+        ["steps", "loss"],
+        ["0", "-"],
+        lines[5].split()[:2],
+    ]
+    record = record_of(bank, "tara-a")
+    assert record["texts"]["bob"]["examples"] == 6
+    assert record["held_out"]["bob"]["examples"] == 2
+    assert record["settings"]["steps"] == 2
+    assert [path.name for path in bank.parent.glob(".*")] == []
+
+    offer = Offer(Outline.of_manifest(read_manifest(bank)))
+    wish = Preference.parse("ada=0.7, cyd=0.3")
+    recipe = offer.recipe(wish, parse_method("tara-a"))
+    assert merge(after, recipe).core is not None
+    with pytest.raises(MethodError, match="BANK --method core makes it"):
+        offer.recipe(wish, parse_method("core"))
+
+    code, _, _ = run(
+        bank, "-m", "tara-a", *texts, "--objective=labels", "--steps=1", "--form=bubbles"
+    )
+    assert code == 0
+    again = load_bank(bank)
+    assert again.calibrated == ("tara-a",)
+    assert again.calibration("tara-a").form == "bubbles"
+    code, _, _ = run(bank, "-m", "core", *texts, "--steps=1", "--batch=2", "--rate=0.01", "--mu=1")
+    assert code == 0
+    assert load_bank(bank).calibrated == ("core", "tara-a")
+    settings = record_of(bank, "core")["settings"]
+    assert [settings[key] for key in ("batch", "rate", "mu", "pull")] == [2, 0.01, 1, 0.01]
+
+
+def test_without_texts_the_skills_make_their_own(run: Run, bank: Path) -> None:
+    code, shown, _ = run(bank, "-m", "tuned", "--samples=8", "--seed=3")
+    assert code == 0
+    assert "linear;p=1 " in shown
+    record = record_of(bank, "tuned")
+    assert [record["texts"][name]["examples"] for name in NAMES] == [6, 6, 6]
+    assert record["settings"] == {"method": "tuned", "objective": "distil", "seed": 3}
+
+
+def test_prompts_without_answers_are_answered_by_the_skill(
+    run: Run, bank: Path, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "open.jsonl").write_text("\n".join(['{"prompt": "mix"}'] * 4))
+    held_out = [f"--held-out={name}={tmp_path / 'cyd.txt'}" for name in NAMES]
+    texts[0] = f"--texts=ada={tmp_path / 'open.jsonl'}"
+    code, _, _ = run(bank, "-m", "tuned", *texts, *held_out)
+    assert code == 0
+    record = record_of(bank, "tuned")
+    assert record["texts"]["ada"]["examples"] == 4
+    assert record["held_out"]["ada"]["examples"] == 8
+
+
+def test_as_published_for_one_preference(run: Run, bank: Path, texts: list[str]) -> None:
+    wish = ("--at", "ada=0.25, bob=0.75")
+    code, _, _ = run(bank, "-m", "tara-b", *texts, "--published", "--steps=1", *wish)
+    assert code == 0
+    settings = record_of(bank, "tara-b")["settings"]
+    assert [settings[key] for key in ("objective", "form", "mu", "rate", "normalise", "at")] == [
+        "entropy", "fixed", 1.0, 0.001, False, [0.25, 0.75, 0.0]
+    ]  # fmt: skip
+    offer = Offer(Outline.of_manifest(read_manifest(bank)))
+    offer.recipe(Preference.parse("ada=0.25, bob=0.75"), parse_method("tara-b"))
+    with pytest.raises(MethodError, match=r"calibrated for one preference .*, ada=0\.25, bob=0"):
+        offer.recipe(Preference.parse("ada=0.5, bob=0.5"), parse_method("tara-b"))
+
+
+def test_closed_forms_train_nothing(run: Run, bank: Path, tmp_path: Path) -> None:
+    given = []
+    for name, words in zip(NAMES, ("am", "ix", "of"), strict=True):
+        lines = [" ".join(words[(n >> bit) % 2] for bit in range(4)) for n in range(1, 13)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+        given.append(f"--texts={name}={tmp_path / name}.txt")
+    for words in (("-m", "regmean"), ("-m", "tara-a", "--form=gauss-newton")):
+        code, shown, err = run(bank, *words, *given)
+        assert (code, err.count("error")) == (0, 0)
+        assert "linear " in shown
+    carried = load_bank(bank)
+    assert carried.calibrated == ("regmean", "tara-a")
+    assert carried.calibration("tara-a").form == "gauss-newton"
+    for method in carried.calibrated:
+        alone = Recipe(Preference.parse("bob"), parse_method(method), carried.digest)
+        plain = replace(alone, method=default_method())
+        mine, own = (merge(carried, recipe).core for recipe in (alone, plain))
+        assert mine is not None
+        assert own is not None
+        assert_close(mine, own, atol=1e-5, rtol=1e-5)
+
+
+class Killed(BaseException):
+    """As a signal: nothing catches it."""
+
+
+def test_what_was_stopped_half_way_goes_on(
+    run: Run, built: Path, bank: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("-m", "core", *texts, "--steps=26", "--batch=1")
+    write, written = _StateFolder.write, list[int]()
+
+    def once(self: _StateFolder, state: Mapping[str, Any]) -> None:
+        written.append(state["step"])
+        write(self, state)
+        if len(written) == 1:
+            raise Killed
+
+    monkeypatch.setattr(_StateFolder, "write", once)
+    with pytest.raises(Killed):
+        main(["calibrate", str(bank), *words])
+    assert load_bank(bank).digest == load_bank(built).digest
+    (folder,) = bank.parent.glob(".bank.core-*.training")
+    other = Path(shutil.copytree(bank, bank.parent / "other" / "bank"))
+    shutil.copytree(folder, other.with_name(folder.name))
+
+    (folder / STATE).write_bytes(b"no state")
+    code, _, err = run(bank, *words)
+    assert code == 2
+    assert "--again starts afresh" in err
+    code, _, _ = run(bank, *words, "--again")
+    assert code == 0
+    assert written == [25, 25, 26]
+    assert not folder.exists()
+
+    # Another plan is another training, and leaves this one's state alone.
+    code, _, _ = run(other, "-m", "core", *texts, "--steps=1", "--batch=1")
+    assert code == 0
+    code, _, _ = run(other, *words)
+    assert code == 0
+    assert written == [25, 25, 26, 1, 26]
+    assert load_bank(other).digest == load_bank(bank).digest
+    assert [path.name for path in other.parent.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["-m", "ties"], "--method: nothing is learned for 'ties' (known: tuned, regmean, adamer"),
+        (["-m", "core", "--texts=eve=x.txt"], "--texts: no skill named 'eve' (known: ada, bob"),
+        (["-m", "core", "--held-out=eve=x"], "--held-out: no skill named 'eve'"),
+        (["-m", "core", "--labels=eve=a,b"], "--labels: no skill named 'eve'"),
+        (["-m", "core", "--labels=bob=a,b"], "--labels bob needs --texts bob=FILE"),
+        (["-m", "core", "--objective=labels"], "--objective labels needs --texts ada=FILE"),
+        (["-m", "core", "--texts=ada=none.txt"], "none.txt cannot be read: No such file"),
+        (["-m", "core", "--at=ada=1"], "--at is for --form fixed; ratio serves every preference"),
+        (["-m", "core", "--form=fixed", "--at=ada"], "one skill alone is its adapter"),
+        (["-m", "core", "--form=fixed", "--at=eve"], "no skill named 'eve'"),
+        (["-m", "core", "--form=fixed", "--at=ada=1, base=1"], "without base or ;raw"),
+        (["-m", "core", "--form=gauss-newton"], "not for core with objective distil"),
+        (["-m", "tara-a", "--form=gauss-newton", "--steps=9"], "--steps is not for gauss-newton"),
+        (["-m", "regmean", "--rate=1"], "--rate is not for regmean, which trains nothing"),
+        (["-m", "tuned", "--form=ratio"], "--form is not for tuned"),
+        (["-m", "tuned", "--objective=entropy"], "tuned is chosen by the held-out score"),
+        (["-m", "core", "--published"], "--published is for adamerging, tara-a, tara-b; not"),
+        (["-m", "tara-a", "--published", "--objective=distil"], "--published is --objective"),
+        (["-m", "tara-a", "--published", "--form=ratio"], "--published is --form fixed; ratio is"),
+    ],
+)  # fmt: skip
+def test_a_wrong_wish_is_named_before_the_model_is_loaded(
+    run: Run, built: Path, words: list[str], reason: str
+) -> None:
+    code, out, err = run(built, *words, "--base=/none")
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words", "reason"),
+    [
+        ("ada.jsonl", '{"prompt": "mix"}', ["--objective=labels"], "ada.jsonl:1 has no answer"),
+        ("ada.jsonl", '{"prompt": "mix", "answer": "a"}', [], "--texts ada: one row is too few"),
+        (
+            "bob.jsonl",
+            '{"prompt": "mix", "answer": "a"}\n' * 2,
+            ["--labels=bob=yes,no"],
+            "no label",
+        ),
+        ("cyd.txt", "\n", [], "cyd.txt has no rows"),
+        ("cyd.csv", "a", [], "cyd.csv is neither .jsonl nor .txt"),
+    ],
+)
+def test_wrong_texts_are_named(
+    run: Run,
+    built: Path,
+    texts: list[str],
+    tmp_path: Path,
+    name: str,
+    content: str,
+    words: list[str],
+    reason: str,
+) -> None:
+    (tmp_path / name).write_text(content)
+    given = [word for word in texts if f"={name[:3]}=" not in word]
+    given.append(f"--texts={name[:3]}={tmp_path / name}")
+    code, out, err = run(built, "-m", "tuned", *given, *words)
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert "Traceback" not in err
+
+
+def test_a_bank_of_one_skill_has_nothing_to_merge(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, adapter = str(tmp_path / "alone"), f"--adapter=ada={adapter_folders['ada']}"
+    with pytest.raises(SystemExit):
+        main(["build", str(base_folder), adapter, "-o", folder])
+    code, _, err = run(folder, "-m", "tuned")
+    assert code == 2
+    assert "ada is alone in the bank: there is nothing to merge" in err
