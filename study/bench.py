@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration import draws
-from dynmerge.calibration.evaluation import Score, score
-from dynmerge.calibration.examples import Examples
-from dynmerge.calibration.student import Student
+from dynmerge.evaluation.scores import Score, score
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge, Merger
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 BATCH = 32
 

@@ -27,7 +27,7 @@ from dynmerge.adapters.base_model import BaseModel, fingerprint
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.student import Student
+from dynmerge.student import Student
 from study.bench import Bench, Part
 from study.encoder_tasks import TASKS, Row, rows
 from study.sources import cache_folder
@@ -127,7 +127,7 @@ def heads() -> Mapping[str, Tensor]:
 
 
 class EncoderExamples:
-    """One task's texts and the model that predicts them; a `calibration.examples.Examples`.
+    """One task's texts and the model that predicts them; a `texts.examples.Examples`.
 
     `encoder` is any module that takes `input_ids` and `attention_mask` and gives
     `last_hidden_state`; `head` is (classes, hidden).

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from peft import PeftModel
 
-from dynmerge.calibration.student import Student
+from dynmerge.student import Student
 from study.encoder import accuracy, adapter_folder, bank_of, examples, model
 
 

@@ -18,10 +18,10 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.language import examples_of
-from dynmerge.calibration.passages import Passages
-from dynmerge.calibration.rows import Row
-from dynmerge.calibration.student import Student
+from dynmerge.student import Student
+from dynmerge.texts.language import examples_of
+from dynmerge.texts.passages import Passages
+from dynmerge.texts.rows import Row
 from study.bench import Bench, Part
 
 DEMO = Path(__file__).parents[1] / "examples" / "dictionary"

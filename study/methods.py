@@ -231,6 +231,7 @@ ROWS: Mapping[str, Row] = {
         for objective in ("distil", "labels", "entropy")
         for method in ("adamerging", "tara-a", "tara-b", "core")
     },
+    "tara-a-tchebycheff": learned(replace(at_centre("tara-a", "distil"), mu=0.1)),
     "tara-a-published": learned(replace(published("tara-a", ()), steps=250)),
     "adamerging-map": learned(for_all("adamerging"), ALL),
     "tara-a-map": learned(for_all("tara-a"), ALL),

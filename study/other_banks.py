@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dynmerge.calibration.evaluation import Score, score
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import alone
+from dynmerge.evaluation.scores import Score, score
+from dynmerge.student import Student
 from study.bench import BATCH, Bench, by, under
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynmerge.calibration.bootstrap import (
+from dynmerge.evaluation.bootstrap import (
     Estimate,
     Interval,
     combined,
@@ -27,8 +27,8 @@ from dynmerge.calibration.bootstrap import (
     resamplings,
     share,
 )
-from dynmerge.calibration.front import hypervolume, monotonicity
-from dynmerge.calibration.simplex import even_grid
+from dynmerge.evaluation.front import hypervolume, monotonicity
+from dynmerge.evaluation.simplex import even_grid
 from study.cells import Cell, read_cells
 from study.methods import ROWS
 from study.places import CENTRE, grid_skills, places

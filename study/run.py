@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from dynmerge.calibration.evaluation import Score
-from dynmerge.calibration.simplex import even_grid
+from dynmerge.evaluation.scores import Score
+from dynmerge.evaluation.simplex import even_grid
 from study.bench import Bench, Maker
 from study.cells import Cell, cells_file, read_cells
 from study.methods import ALL, FORM_ROWS, ROWS, Row, single, trained

@@ -13,13 +13,21 @@ LAYERS = [
     "runtime",
     "offer",
     "engines",
+    "evaluation",
+    "diagnostics",
     "calibration",
+    "texts",
+    "student",
     "merging",
     "bank",
     "adapters",
 ]
 FLOOR = ["recipe", "preference", "errors"]
-FORBIDDEN = {("engines", "calibration"), ("runtime", "calibration"), ("server", "calibration")}
+# What runs offline is nothing to the path of a request.
+OFFLINE = ("evaluation", "diagnostics", "calibration", "texts", "student")
+FORBIDDEN = {
+    (here, there) for here in ("server", "runtime", "offer", "engines") for there in OFFLINE
+}
 
 
 def layer(module: str) -> str | None:

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import AT, Calibration
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.fisher import information, ridged
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.plan import Plan
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.train import Check, Training, improved
 from dynmerge.errors import CalibrationError, ExamplesError
 from dynmerge.merging.calibrated import GRANULARITIES, regmean
 from dynmerge.merging.maps import FORMS
 from dynmerge.merging.support import normed
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 NORMS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
 RIDGE = 0.01  # of `regmean`'s row in METHODS

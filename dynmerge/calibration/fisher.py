@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.learned import constants_of, cores_of
-from dynmerge.calibration.student import Student
 from dynmerge.merging.calibrated import GRANULARITIES
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 FLOOR = 1e-3  # the least sensitivity that counts, a share of the layer's mean
 SMALLEST = 1e-12  # where a layer changes nothing at all

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration import draws
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import Lesson, anchor, lessons
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 LEAST_GAP = 1e-3  # in nats: what a skill that changes nothing is divided by
 BATCH = 64

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration.draws import alike
-from dynmerge.calibration.examples import Examples
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import alone
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 
 @torch.no_grad()

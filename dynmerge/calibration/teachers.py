@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.draws import alike
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.objective import cross_entropy, divergence, entropy
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.student import Student
 from dynmerge.errors import ExamplesError
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 PREDICTIONS = 512  # at once: each is as long as the vocabulary
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration import draws
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.judge import LEAST_GAP, Judge
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Plan
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import anchor, lessons
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 # Every entry of a core moves at once: with 0.15 of the entries' own size a step, merges fell apart.
 TABLE_UNIT = 0.05

@@ -19,18 +19,18 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.storage import add_calibration, load_bank
 from dynmerge.calibration.calibrate import calibrate
-from dynmerge.calibration.examples import Examples
-from dynmerge.calibration.language import examples_of
 from dynmerge.calibration.plan import Plan
-from dynmerge.calibration.rows import Row, read_texts
-from dynmerge.calibration.sampled import sample_answers, sample_texts
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.train import Training
 from dynmerge.cli.asked import Asked
 from dynmerge.cli.console import Step, line, progress_bar, table
 from dynmerge.cli.student import open_student
 from dynmerge.engines.transformers.model import LoadedModel
 from dynmerge.errors import BankError, ConfigError
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
+from dynmerge.texts.language import examples_of
+from dynmerge.texts.rows import Row, read_texts
+from dynmerge.texts.sampled import sample_answers, sample_texts
 
 STATE = "state.pt"
 # What torch.load makes of a file that is none of its own, or only part of one.

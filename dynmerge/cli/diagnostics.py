@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from dynmerge.calibration.diagnostics import Diagnosis, Diagnostics, Spectrum
 from dynmerge.cli.console import line, table
+from dynmerge.diagnostics.bank import Diagnosis, Diagnostics, Spectrum
 
 if TYPE_CHECKING:
-    from dynmerge.calibration.sensitivity import Sensitivity
+    from dynmerge.diagnostics.sensitivity import Sensitivity
 
 TOP = 3  # directions whose energy is said
 

@@ -8,22 +8,22 @@ from pathlib import Path
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import load_bank
-from dynmerge.calibration.curves import draw_curves, draw_front, save_figure
-from dynmerge.calibration.evaluation import evaluate
-from dynmerge.calibration.language import examples_of
-from dynmerge.calibration.passages import Passages
-from dynmerge.calibration.results import Results
-from dynmerge.calibration.rows import read_texts
-from dynmerge.calibration.simplex import corners, even_grid, uniform
 from dynmerge.cli.console import line, progress_bar, table
 from dynmerge.cli.student import open_student
 from dynmerge.cli.tasks import Task, read_tasks
 from dynmerge.engines.transformers.model import LoadedModel
 from dynmerge.errors import ConfigError
+from dynmerge.evaluation.curves import draw_curves, draw_front, save_figure
+from dynmerge.evaluation.results import Results
+from dynmerge.evaluation.scores import evaluate
+from dynmerge.evaluation.simplex import corners, even_grid, uniform
 from dynmerge.merging.choice import parse_method
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
+from dynmerge.texts.language import examples_of
+from dynmerge.texts.passages import Passages
+from dynmerge.texts.rows import read_texts
 
 METHODS, PREFERENCES = "--methods", "--preferences"
 WORD = re.compile(r"uniform|corners|grid:(\d{1,3})")

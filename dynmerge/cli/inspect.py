@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.inspection import BankReport, PairReport, inspect_bank, readable
 from dynmerge.bank.storage import load_bank
-from dynmerge.calibration.diagnostics import Diagnostics, diagnose_bank
 from dynmerge.cli.console import line, progress_bar, table
 from dynmerge.cli.diagnostics import say_diagnostics
+from dynmerge.diagnostics.bank import Diagnostics, diagnose_bank
 
 if TYPE_CHECKING:
-    from dynmerge.calibration.sensitivity import Sensitivity
+    from dynmerge.diagnostics.sensitivity import Sensitivity
 
 MAX_PAIRS = 12  # lines about pairs, those that differ most from chance
 
@@ -54,7 +54,7 @@ def run(
     save_plot(report, plot)
     drawn = [plot]
     if found is not None:
-        from dynmerge.calibration.figures import save_figures
+        from dynmerge.diagnostics.figures import save_figures
 
         drawn.append(plot.with_stem(f"{plot.stem}-full"))
         save_figures(found, sensitivity, drawn[-1])
@@ -67,9 +67,9 @@ def _sensitivity(
     folder: Path, bank: FactorBank, texts: Mapping[str, str], base: str | None
 ) -> "Sensitivity":
     """The Jacobian of each skill's entropy on its texts, by the bank's base model."""
-    from dynmerge.calibration.language import load_examples
-    from dynmerge.calibration.sensitivity import measure_sensitivity
     from dynmerge.cli.student import check_skills, open_student
+    from dynmerge.diagnostics.sensitivity import measure_sensitivity
+    from dynmerge.texts.language import load_examples
 
     check_skills(bank, texts, source="--texts")
     student, model = open_student(folder, bank, base)

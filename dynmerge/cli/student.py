@@ -6,10 +6,10 @@ from pathlib import Path
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.storage import check_base, read_manifest
-from dynmerge.calibration.student import Student
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.model import LoadedModel, load_base_model
 from dynmerge.errors import BaseModelError, ConfigError
+from dynmerge.student import Student
 
 
 def open_student(folder: Path, bank: FactorBank, base: str | None) -> tuple[Student, LoadedModel]:

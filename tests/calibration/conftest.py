@@ -12,8 +12,8 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.passages import Passage, Passages
-from dynmerge.calibration.student import Student
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passage, Passages
 from tests.calibration.network import Network, Points, network_bank
 from tests.conftest import tiny_model
 

@@ -17,9 +17,7 @@ from dynmerge.bank.edit import with_calibration
 from dynmerge.calibration.calibrate import GAUSS_NEWTON, NORMS, calibrate, calibration_of, weighted
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned
-from dynmerge.calibration.passages import Passages
 from dynmerge.calibration.plan import Objective, Plan, published
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import alone, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.errors import CalibrationError, ExamplesError
@@ -32,6 +30,8 @@ from dynmerge.merging.methods import METHODS
 from dynmerge.merging.support import normed
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passages
 from tests.calibration.network import Points
 
 Texts = dict[str, Passages]

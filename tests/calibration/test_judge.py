@@ -6,9 +6,9 @@ from torch import Tensor
 
 from dynmerge.calibration.draws import centre
 from dynmerge.calibration.judge import Judge
-from dynmerge.calibration.passages import Passages
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import alone, lessons
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passages
 
 MIXED = torch.tensor([0.2, 0.5, 0.3])
 

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.calibration.moments import second_moments
-from dynmerge.calibration.passages import Passages
-from dynmerge.calibration.student import Student
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passages
 from tests import reference
 from tests.conftest import tiny_model
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
-from dynmerge.calibration.passages import Passages
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import PREDICTIONS, alone, anchor, batches, lessons
 from dynmerge.errors import ExamplesError
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passages
 from tests import reference
 from tests.calibration.conftest import passages
 from tests.conftest import tiny_model

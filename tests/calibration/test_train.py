@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration.learned import Learned
-from dynmerge.calibration.passages import Passages
 from dynmerge.calibration.plan import Plan, published
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.train import Training, improved
+from dynmerge.student import Student
+from dynmerge.texts.passages import Passages
 from tests.calibration.network import Points
 
 Texts = dict[str, Passages]

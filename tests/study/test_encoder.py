@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from dynmerge.calibration.examples import Examples
+from dynmerge.texts.examples import Examples
 from study.encoder import EncoderExamples, accuracy, embed, pooled
 from study.encoder_tasks import Row, interleaved, split_rows
 from study.encoder_training import batches, start_at

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from dynmerge.calibration.bootstrap import (
+from dynmerge.evaluation.bootstrap import (
     LEVEL,
     SAMPLES,
     Estimate,
@@ -14,11 +14,11 @@ from dynmerge.calibration.bootstrap import (
     least,
     mean,
 )
-from dynmerge.calibration.evaluation import Evaluation, Judgement, Score
-from dynmerge.calibration.examples import Examples
-from dynmerge.calibration.front import Monotonicity, hypervolume, monotonicity, on_front
+from dynmerge.evaluation.front import Monotonicity, hypervolume, monotonicity, on_front
+from dynmerge.evaluation.scores import Evaluation, Judgement, Score
 from dynmerge.merging.choice import parse_method
 from dynmerge.recipe import MethodChoice, Recipe
+from dynmerge.texts.examples import Examples
 
 
 @dataclass(frozen=True, slots=True)

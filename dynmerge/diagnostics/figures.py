@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dynmerge.bank.inspection import Overlap, split_name
 from dynmerge.bank.plot import BAR, INK, MERGE, MUTED, WIDTH, check_picture
-from dynmerge.calibration.diagnostics import ALL, Change, Diagnostics, Spectrum
-from dynmerge.calibration.sensitivity import Sensitivity
+from dynmerge.diagnostics.bank import ALL, Change, Diagnostics, Spectrum
+from dynmerge.diagnostics.sensitivity import Sensitivity
 from dynmerge.errors import BankError
 
 PALE = "#b8cbdd"

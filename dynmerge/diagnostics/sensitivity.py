@@ -13,10 +13,10 @@ from torch.nn.functional import normalize
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.draws import alike
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.student import Student
 from dynmerge.calibration.teachers import Lesson, lessons
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 BATCH = 8
 CENTRE = "equal shares"

@@ -15,13 +15,13 @@ from transformers import (
 
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.language import Answers, Choices, Texts, load_examples
-from dynmerge.calibration.passages import Passages
-from dynmerge.calibration.rows import Row, read_texts
-from dynmerge.calibration.sampled import sample_answers, sample_texts
-from dynmerge.calibration.student import Student
-from dynmerge.calibration.turns import Turns
 from dynmerge.errors import ExamplesError, PreferenceError
+from dynmerge.student import Student
+from dynmerge.texts.language import Answers, Choices, Texts, load_examples
+from dynmerge.texts.passages import Passages
+from dynmerge.texts.rows import Row, read_texts
+from dynmerge.texts.sampled import sample_answers, sample_texts
+from dynmerge.texts.turns import Turns
 from tests.conftest import tiny_model, tiny_tokenizer
 from tests.engines.conftest import skills
 from tests.engines.test_families import FAMILIES

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dynmerge.calibration.passages import Passage, Passages
-from dynmerge.calibration.rows import Row, read_texts
-from dynmerge.calibration.turns import Turns
 from dynmerge.errors import ExamplesError
+from dynmerge.texts.passages import Passage, Passages
+from dynmerge.texts.rows import Row, read_texts
+from dynmerge.texts.turns import Turns
 
 MAX_TOKENS = 512
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from dynmerge.bank.plot import INK, MUTED, check_picture
-from dynmerge.calibration.bootstrap import Interval
-from dynmerge.calibration.results import MergeEntry, Results
 from dynmerge.errors import BankError
+from dynmerge.evaluation.bootstrap import Interval
+from dynmerge.evaluation.results import MergeEntry, Results
 
 COLUMNS = 3
 PANEL = (4.2, 3.4)  # inches

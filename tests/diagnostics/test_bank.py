@@ -8,14 +8,14 @@ from matplotlib.image import imread
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
-from dynmerge.calibration.diagnostics import (
+from dynmerge.diagnostics.bank import (
     ALL,
     Diagnosis,
     Spectrum,
     diagnose_bank,
     spectrum,
 )
-from dynmerge.calibration.figures import draw_figures, save_figures
+from dynmerge.diagnostics.figures import draw_figures, save_figures
 from tests import reference
 from tests.bank_factory import SHAPES, random_adapter, random_adapters, random_bank
 

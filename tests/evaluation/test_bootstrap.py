@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dynmerge.calibration.bootstrap import difference, least, mean, ratio, resamplings, share
+from dynmerge.evaluation.bootstrap import difference, least, mean, ratio, resamplings, share
 
 
 def test_intervals_cover_what_they_say() -> None:

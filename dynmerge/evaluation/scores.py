@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.bootstrap import SAMPLES, Estimate, mean, ratio, resamplings, share
 from dynmerge.calibration.draws import alike
-from dynmerge.calibration.examples import Examples
 from dynmerge.calibration.objective import cross_entropy
-from dynmerge.calibration.student import Student
 from dynmerge.errors import ExamplesError
+from dynmerge.evaluation.bootstrap import SAMPLES, Estimate, mean, ratio, resamplings, share
 from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import PREPARED_BYTES, Merger
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.student import Student
+from dynmerge.texts.examples import Examples
 
 BATCH = 16
 

@@ -9,17 +9,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.curves import draw_curves, draw_front
-from dynmerge.calibration.evaluation import Judgement, evaluate, own_recipe
-from dynmerge.calibration.language import Choices
-from dynmerge.calibration.passages import Passage, Passages
-from dynmerge.calibration.results import Results, stated
-from dynmerge.calibration.rows import Row
-from dynmerge.calibration.student import Student
 from dynmerge.errors import ExamplesError
+from dynmerge.evaluation.curves import draw_curves, draw_front
+from dynmerge.evaluation.results import Results, stated
+from dynmerge.evaluation.scores import Judgement, evaluate, own_recipe
 from dynmerge.merging.choice import default_method, parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.student import Student
+from dynmerge.texts.language import Choices
+from dynmerge.texts.passages import Passage, Passages
+from dynmerge.texts.rows import Row
 from tests.conftest import tiny_model
 from tests.engines.conftest import greedy_steps, prompt, skills
 from tests.reference import accuracy_and_nats, merged_deltas, written_out

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dynmerge.calibration.passages import PAD
-from dynmerge.calibration.rows import Row
-from dynmerge.calibration.student import Student
-from dynmerge.calibration.turns import Turns
 from dynmerge.errors import ExamplesError
 from dynmerge.merging.choice import default_method
 from dynmerge.merging.merge import merge
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.student import Student
+from dynmerge.texts.passages import PAD
+from dynmerge.texts.rows import Row
+from dynmerge.texts.turns import Turns
 
 BATCH = 16
 MAX_ANSWER, MAX_PROMPT = 64, 64  # tokens

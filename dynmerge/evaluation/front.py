@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmerge.calibration.bootstrap import LEVEL, Estimate, difference
+from dynmerge.evaluation.bootstrap import LEVEL, Estimate, difference
 from dynmerge.preference import Preference
 
 # By skill, how right a preference's merge is.

@@ -3,16 +3,16 @@ import math
 import pytest
 import torch
 
-from dynmerge.calibration.bootstrap import Estimate
-from dynmerge.calibration.front import (
+from dynmerge.errors import ConfigError
+from dynmerge.evaluation.bootstrap import Estimate
+from dynmerge.evaluation.front import (
     dominated_volume,
     hypervolume,
     monotonicity,
     on_front,
     steps,
 )
-from dynmerge.calibration.simplex import corners, even_grid, uniform
-from dynmerge.errors import ConfigError
+from dynmerge.evaluation.simplex import corners, even_grid, uniform
 from dynmerge.preference import Preference
 from tests import reference
 

@@ -16,9 +16,10 @@ from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.diagnostics import diagnose_bank
-from dynmerge.calibration.figures import by_layer, draw_figures
-from dynmerge.calibration.sensitivity import (
+from dynmerge.calibration.teachers import lessons
+from dynmerge.diagnostics.bank import diagnose_bank
+from dynmerge.diagnostics.figures import by_layer, draw_figures
+from dynmerge.diagnostics.sensitivity import (
     CENTRE,
     condition,
     jacobian,
@@ -26,9 +27,8 @@ from dynmerge.calibration.sensitivity import (
     measure_sensitivity,
     misalignment,
 )
-from dynmerge.calibration.student import Student
-from dynmerge.calibration.teachers import lessons
 from dynmerge.errors import ExamplesError
+from dynmerge.student import Student
 from tests import reference
 
 

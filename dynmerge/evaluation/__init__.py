@@ -1,0 +1,1 @@
+"""Evaluation: how often merged models are right, with intervals, fronts and figures."""
