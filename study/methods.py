@@ -77,6 +77,11 @@ def mean_with_norm(bench: Bench) -> tuple[Maker, object]:
     return make, None
 
 
+def untrained(bench: Bench) -> tuple[Maker, object]:
+    """The map `ratio` before any training: every skill minds every other as much. No data."""
+    return Learned.start(bench.bank, "adamerging", "ratio").cores, None
+
+
 def per_task(objective: Objective) -> Row:
     """One weight per skill for all layers, by gradient descent at the centre."""
 
@@ -209,6 +214,7 @@ ROWS: Mapping[str, Row] = {
     "mean": plain("linear", ALL),
     "mean-gamma": Row(mean_with_norm),
     "linear-p4": plain("linear;p=4", ALL),
+    "ratio-start": Row(untrained, where=ALL),
     "tuned": tuned("linear;p=inf", SUM_SCALES),
     "s-only": plain("pico+linear;pool=static;restore=none"),
     "pico": plain("pico+linear;pool=static"),
@@ -219,6 +225,7 @@ ROWS: Mapping[str, Row] = {
     "dare-ties": tuned("dare-ties;space=full;density=0.8", WIDE_SCALES),
     "knots-ties": tuned("knots-ties", WIDE_SCALES),
     "tsv-m": tuned("tsv-m", SCALES),
+    "tsv-m-p6": plain("tsv-m;p=6", ALL),
     "iso-c": tuned("iso-c", SCALES),
     "svc": tuned("linear+svc", SCALES),
     "lego": tuned("lego", WIDE_SCALES),

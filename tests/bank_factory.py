@@ -86,22 +86,23 @@ def random_calibrations(bank: FactorBank) -> tuple[Calibration, ...]:
         q = module.core_shape[1]
         return {"moments": (tasks, q, q)}
 
+    def ratio(width: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("ratio", "gain"), (tasks, width))
+
     regmean = random_calibration(bank, "regmean", moments, "closed")
     # Full rank and far from equal, as second moments of some texts.
     squares = {name: G @ G.mT for name, G in regmean.tensors.items()}
     return (
-        random_calibration(bank, "adamerging", lambda module: {"ratio": (tasks, tasks)}),
+        random_calibration(bank, "adamerging", lambda module: ratio(tasks)),
         random_calibration(
             bank,
             "core",
-            lambda module: {"ratio": (tasks, tasks), "tables": (pairs, *module.core_shape)},
+            lambda module: {**ratio(tasks), "tables": (pairs, *module.core_shape)},
         ),
         replace(regmean, tensors=squares),
         random_calibration(
             bank, "tara-a", lambda module: {"bubbles": (pairs, sum(module.ranks))}, "bubbles"
         ),
-        random_calibration(
-            bank, "tara-b", lambda module: {"ratio": (tasks, tasks * module.core_shape[0])}
-        ),
+        random_calibration(bank, "tara-b", lambda module: ratio(tasks * module.core_shape[0])),
         Calibration("tuned", "norm", bank.factors_digest, {".p": torch.tensor(3.5)}),
     )

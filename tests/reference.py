@@ -875,11 +875,12 @@ def coefficient(
     if form == "fixed":
         return 1.0 if rho[owner] == 1 else float(tables["fixed"][place])
     if form == "ratio":
-        minded = rho[owner]
+        minded, gained = rho[owner], 1.0
         for task, share in enumerate(rho):
             if task != owner:
                 minded += share * math.exp(float(tables["ratio"][task, place]))
-        return rho[owner] / minded
+                gained += share * float(tables["gain"][task, place])
+        return rho[owner] * gained / minded
     assert form == "bubbles", form
     norm = sum(math.sqrt(share) ** 4 for share in rho) ** (1 / 4)
     phi = math.sqrt(rho[owner]) / norm

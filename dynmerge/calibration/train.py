@@ -22,8 +22,9 @@ from dynmerge.calibration.teachers import anchor, lessons
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
-# Every entry of a core moves at once: with 0.15 of the entries' own size a step, merges fell apart.
-TABLE_UNIT = 0.05
+# What a step of 1 means, by table, where it is not 1: at the pace of logarithms `gain` overshoots,
+# and of a core every entry moves at once: with 0.15 of their own size a step, merges fell apart.
+GAIN_UNIT, TABLE_UNIT = 0.2, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,8 @@ def improved(checks: Sequence[Check]) -> bool:
 
 
 def _unit(label: str, learned: Learned) -> float:
-    """What 1 means for a table: a share of the cores' own size for `tables`, else 1."""
+    """What 1 means for a table: a share of the cores' own size for `tables`."""
     if label != "tables":
-        return 1.0
+        return GAIN_UNIT if label == "gain" else 1.0
     sizes = [group.cores().square().mean().sqrt() for group in learned.bank.groups]
     return TABLE_UNIT * float(torch.stack(sizes).mean())

@@ -16,17 +16,21 @@ Tables = Mapping[str, Tensor]
 
 
 def ratio(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
-    """phi_k = rho_i / (rho_i + sum_j!=i rho_j exp(h_jk)), i the owner of k; (members, W).
+    """phi_k = rho_i (1 + sum_j rho_j u_jk) / (rho_i + sum_j rho_j exp(h_jk)), i the owner of k and
+    j the others; (members, W).
 
-    Tables: `ratio` h (members, N, W). It minimises rho_i (phi - 1)^2 + sum_j rho_j exp(h_jk) phi^2:
-    exp(h_jk) says how much skill j minds direction k beside how much its owner needs it. Where
-    others do not mind, little of a preference buys nearly all of a direction.
+    Tables: `ratio` h and `gain` u, both (members, N, W). It minimises
+    rho_i (phi - 1)^2 + sum_j rho_j (exp(h_jk) phi^2 - 2 rho_i u_jk phi): exp(h_jk) says how much
+    skill j minds direction k beside how much its owner needs it, u_jk how much more of it the two
+    want together. Where others do not mind, little of a preference buys nearly all of a direction.
     """
     log_rho = rho.log()[:, None]  # -inf where absent
     own = torch.nn.functional.one_hot(owners, len(rho)).mT.bool()  # (N, W)
     minded = torch.where(own, log_rho, tables["ratio"] + log_rho)
-    shares = log_rho[owners, 0] - torch.logsumexp(minded, dim=-2)
-    return shares.exp()
+    shares = (log_rho[owners, 0] - torch.logsumexp(minded, dim=-2)).exp()
+    gained = torch.where(own, 0, rho[:, None] * tables["gain"]).sum(-2)
+    found: Tensor = shares * (1 + gained)
+    return found
 
 
 def bubbles(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
@@ -90,9 +94,10 @@ class Form:
 
 
 def _ratio_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
-    # At the uniform preference 1 / (1 + (N - 1) s): 0.64 for six skills, where tuned Task
-    # Arithmetic came out (docs/log.md).
-    return {"ratio": torch.full((modules, tasks, width), 0.11).log()}
+    # At the uniform preference 1 / (1 + (N - 1) s): 0.65 for six skills, near `linear;p=4` and
+    # tuned Task Arithmetic there (docs/merge-methods.md).
+    shape = (modules, tasks, width)
+    return {"ratio": torch.full(shape, 0.11).log(), "gain": torch.zeros(shape)}
 
 
 def _bubbles_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:

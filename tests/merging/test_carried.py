@@ -35,6 +35,7 @@ def without_label(bank: FactorBank, method: str, label: str) -> FactorBank:
     [
         ("tuned", "p"),
         ("adamerging", "ratio"),
+        ("adamerging", "gain"),
         ("tara-a", "bubbles"),
         ("tara-b", "ratio"),
         ("core", "ratio"),

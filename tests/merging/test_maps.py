@@ -100,20 +100,24 @@ def test_a_form_is_its_formula(form: str, rho: list[float]) -> None:
 
 
 def test_ratio_weighs_what_the_owner_needs_against_what_others_mind() -> None:
-    rho, h = torch.tensor([0.2, 0.5, 0.3]), learned("ratio")["ratio"].double()
-    phi = ratio({"ratio": h}, OWNERS, rho.double())
+    rho = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    h, u = (learned("ratio")[label].double() for label in ("ratio", "gain"))
+    phi = ratio({"ratio": h, "gain": u}, OWNERS, rho)
+    owns = torch.arange(TASKS)[:, None] == OWNERS
 
     def cost(phi: Tensor) -> Tensor:
-        minded = (rho[:, None] * h.exp()).double()
-        minded = minded.masked_fill(torch.arange(TASKS)[:, None] == OWNERS, 0)
-        return rho[OWNERS] * (phi - 1) ** 2 + minded.sum(1) * phi**2
+        minded = (rho[:, None] * h.exp()).masked_fill(owns, 0).sum(1)
+        gained = (rho[:, None] * u).masked_fill(owns, 0).sum(1)
+        return rho[OWNERS] * ((phi - 1) ** 2 - 2 * gained * phi) + minded * phi**2
 
     for step in (1e-3, -1e-3):
         assert (cost(phi + step) > cost(phi)).all()
 
 
 def test_ratio_rises_with_the_owners_share() -> None:
-    shares = [coefficients("ratio", [r, (1 - r) / 2, (1 - r) / 2]) for r in (0.01, 0.3, 0.6, 0.99)]
+    tables = {**learned("ratio"), "gain": torch.zeros(MEMBERS, TASKS, WIDTH)}
+    preferences = [torch.tensor([r, (1 - r) / 2, (1 - r) / 2]) for r in (0.01, 0.3, 0.6, 0.99)]
+    shares = [ratio(tables, OWNERS, rho) for rho in preferences]
     rising = torch.stack(shares)[..., OWNERS == 0].diff(dim=0)
     assert (rising > 0).all()
 
