@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.calibrate import weighted
-from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.learned import Learned, in_order, weighted
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Objective, Plan, published
@@ -72,7 +71,7 @@ def mean_with_norm(bench: Bench) -> tuple[Maker, object]:
             found * ((group.norms() @ rho) / torch.linalg.matrix_norm(found))[:, None, None]
             for group, found in zip(bench.bank.groups, cores, strict=True)
         ]
-        return bench.bank.layout.split(bench.bank.flatten(restored))
+        return in_order(bench.bank, restored)
 
     return make, None
 
@@ -134,7 +133,8 @@ def trained(
     at = None if plan.at is None else tuple(bench.centre.tolist()) if not plan.at else plan.at
     settled = replace(plan, at=at, seed=bench.seed)
     start = Learned.start(bench.bank, plan.method, form or plan.form)
-    known = [repr(settled), start.form.coefficients.__name__, bench.bank.digest]
+    labels = sorted({label for label, _ in start.parameters()})
+    known = [repr(settled), start.form.coefficients.__name__, *labels, bench.bank.digest]
     key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
     path = cache_folder() / "learned" / f"{bench.suite}-{bench.seed}-{plan.method}-{key}.pt"
     if path.is_file():
@@ -168,7 +168,7 @@ def regmean_cores(
         scale * regmean(group, torch.stack([moments[m] for m in group.members]), rho, 0.01)
         for group in bank.groups
     ]
-    return bank.layout.split(bank.flatten(found))
+    return in_order(bank, found)
 
 
 def rho_scaled(plan: Plan) -> Row:
@@ -243,12 +243,12 @@ ROWS: Mapping[str, Row] = {
     "adamerging-map": learned(for_all("adamerging"), ALL),
     "tara-a-map": learned(for_all("tara-a"), ALL),
     "tara-b-map": learned(for_all("tara-b"), ALL),
-    "core-map": learned(for_all("core", pull=0.001), ALL),
+    "core-map": learned(for_all("core"), ALL),
 }
 
 # Compared on one seed: other forms of the map, and optimisation for each preference alone.
 FORM_ROWS: Mapping[str, Row] = {
-    "adamerging-bubbles": learned(for_all("adamerging", "bubbles", rate=0.02), ALL),
+    "adamerging-bubbles": learned(for_all("adamerging", "bubbles"), ALL),
     **{
         f"adamerging-{name}": learned(for_all("adamerging", name, rate=0.02), ALL, form)
         for name, form in COMPARED.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dynmerge.calibration.plan import Objective, Plan
+from dataclasses import replace
 
-FIXED_STEPS, MAP_STEPS = 40, 100
+from dynmerge.calibration.plan import PULLS, Objective, Plan
+
+FIXED_STEPS = 40
 
 
 def at_centre(method: str, objective: Objective) -> Plan:
@@ -14,22 +16,10 @@ def at_centre(method: str, objective: Objective) -> Plan:
 
 def reference_plan(method: str, at: tuple[float, ...], objective: Objective = "distil") -> Plan:
     """Free coefficients at one preference."""
-    rate = 0.03
-    return Plan(
-        method,
-        "fixed",
-        objective,
-        at=at,
-        steps=FIXED_STEPS,
-        rate=rate,
-        check=20,
-        patience=9,
-        mu=1.0,
-    )
+    return Plan(method, "fixed", objective, at=at, steps=FIXED_STEPS, check=FIXED_STEPS // 2)
 
 
-def for_all(method: str, form: str = "ratio", rate: float = 0.15, pull: float = 0.0) -> Plan:
-    """A map for every preference, distilled."""
-    return Plan(
-        method, form, "distil", steps=MAP_STEPS, rate=rate, pull=pull, check=25, patience=9, mu=1.0
-    )
+def for_all(method: str, form: str = "ratio", rate: float | None = None) -> Plan:
+    """A map for every preference, distilled: what `dynmerge calibrate` does unless told."""
+    plan = Plan(method, form, pull=PULLS.get(method, 0.0))
+    return plan if rate is None else replace(plan, rate=rate)

@@ -30,6 +30,8 @@ from study.plans import reference_plan
 SUITES: Mapping[str, Sequence[int]] = {"encoder": (0, 1, 2), "generative": (20, 21, 22)}
 GRID, GRID_STEPS = "grid:", 4
 GRID_ROWS = ("mean", "linear-p4", "adamerging-rho-scaled", "tara-a-map")
+# Adapters trained another way: for the generative suite there are none.
+OTHERS = {"encoder": ("joint", "osrm-mean", "osrm-p4"), "generative": ()}
 FIRST = {suite: seeds[0] for suite, seeds in SUITES.items()}
 
 
@@ -69,7 +71,7 @@ def run(suite: str, seed: int, only: set[str] | None) -> None:
     done = {cell.method for cell in read_cells(suite, seed)}
     todo = [
         name
-        for name in ("single", *rows, "joint", "osrm-mean", "osrm-p4", *references(suite, seed))
+        for name in ("single", *rows, *OTHERS[suite], *references(suite, seed))
         if name not in done and (only is None or name in only)
     ]
     if not todo:
@@ -121,7 +123,7 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
                 yield cell(name, where, skill, score, None)
     elif name.startswith(GRID):
         yield from on_grid(bench, name, rows[name.removeprefix(GRID)])
-    elif name in ("joint", "osrm-mean", "osrm-p4"):
+    elif name in OTHERS[bench.suite]:
         from study.other_banks import other_scores
 
         for skill, score in other_scores(bench, name).items():

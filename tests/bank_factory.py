@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from zlib import crc32
 
 import torch
 
@@ -68,13 +69,17 @@ def random_calibration(
     form: str = "ratio",
     shared: Mapping[str, torch.Tensor] | None = None,
 ) -> Calibration:
-    """Gaussian tensors of these shapes in every module, and what all modules share."""
-    generator = torch.Generator().manual_seed(len(method))
+    """Gaussian tensors of these shapes in every module, a draw of its own for every method.
+
+    `shared` is what all modules share.
+    """
+    seed = crc32(method.encode())
+    generator = torch.Generator().manual_seed(seed)
     tensors = {f".{label}": tensor for label, tensor in (shared or {}).items()}
     for module in bank.modules:
         for label, shape in shapes(module).items():
             tensors[f"{module.name}.{label}"] = torch.randn(shape, generator=generator)
-    return Calibration(method, form, bank.factors_digest, tensors, {"seed": len(method)})
+    return Calibration(method, form, bank.coordinates_digest, tensors, {"seed": seed})
 
 
 def random_calibrations(bank: FactorBank) -> tuple[Calibration, ...]:
@@ -104,5 +109,5 @@ def random_calibrations(bank: FactorBank) -> tuple[Calibration, ...]:
             bank, "tara-a", lambda module: {"bubbles": (pairs, sum(module.ranks))}, "bubbles"
         ),
         random_calibration(bank, "tara-b", lambda module: ratio(tasks * module.core_shape[0])),
-        Calibration("tuned", "norm", bank.factors_digest, {".p": torch.tensor(3.5)}),
+        Calibration("tuned", "norm", bank.coordinates_digest, {".p": torch.tensor(3.5)}),
     )

@@ -1,12 +1,15 @@
 """`dynmerge evaluate`, end to end on the tiny bank."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dynmerge.bank.storage import load_bank
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.storage import add_calibration, load_bank
 from dynmerge.cli import main
 from dynmerge.merging.choice import parse_method
 from dynmerge.preference import Preference
@@ -85,15 +88,20 @@ def test_evaluate_writes_numbers_tables_and_figures(
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_by_default_linear_at_the_corners_and_in_the_middle(
+def test_by_default_what_the_bank_serves_at_the_corners_and_in_the_middle(
     run: Run, bank: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    code, _, _ = run("evaluate", bank, tasks, "-o", tmp_path, "--samples", 100)
-    assert code == 0
-    data = json.loads((tmp_path / "results.json").read_text())
-    assert [merge["preference"] for merge in data["merges"]] == [
-        "ada=0.5, bob=0.5", "ada=1", "bob=1"
-    ]  # fmt: skip
+    learned = Path(shutil.copytree(bank, tmp_path / "learned"))
+    tensors = {".p": torch.tensor(4.0)}
+    digest = load_bank(learned).coordinates_digest
+    add_calibration(learned, Calibration("tuned", "norm", digest, tensors))
+    for folder, method in ((bank, "linear"), (learned, "tuned")):
+        code, _, _ = run("evaluate", folder, tasks, "-o", tmp_path, "--samples", 100)
+        assert code == 0
+        data = json.loads((tmp_path / "results.json").read_text())
+        assert [(merge["method"], merge["preference"]) for merge in data["merges"]] == [
+            (method, wish) for wish in ("ada=0.5, bob=0.5", "ada=1", "bob=1")
+        ]
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,10 @@ class FactorBank:
             raise BankError(f"a bank's calibrations are one per method, sorted; these: {methods}")
         names = [module.name for module in self.modules]
         for each in self.calibrations:
-            if each.factors != self.factors_digest:
+            if each.factors != self.coordinates_digest:
                 raise BankError(
                     f"the calibration for {each.method} was made for the factors "
-                    f"{each.factors[:12]}, not for this bank's, {self.factors_digest[:12]}: "
+                    f"{each.factors[:12]}, not for this bank's, {self.coordinates_digest[:12]}: "
                     "calibrate this bank"
                 )
             if each.at is not None and len(each.at) != len(self.tasks):
@@ -219,6 +219,20 @@ class FactorBank:
         if self.has_soups:
             fields["soups"] = [[module.name, module.soup] for module in self.modules]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def coordinates_digest(self) -> str:
+        """SHA-256 over the factors' digest and every module's `left` and `right` as stored.
+
+        What was learned for directions holds for these. Bases of the same adapters may differ by a
+        rotation where singular values are equal, so that the content alone does not say them.
+        """
+        hashed = hashlib.sha256(self.factors_digest.encode())
+        for module in self.modules:
+            for factor in (module.left, module.right):
+                stored = factor.detach().to("cpu", torch.float32).contiguous()
+                hashed.update(stored.flatten().numpy().data)
+        return hashed.hexdigest()
 
     @property
     def has_soups(self) -> bool:

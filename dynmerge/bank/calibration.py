@@ -15,15 +15,16 @@ from torch import Tensor
 
 from dynmerge.errors import BankError
 
-METHOD_NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")
-FORM_NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")
+NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")  # of a method, of a form
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{0,512}\.[a-z][a-z0-9_]{0,63}")
 AT = "at"
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Float32 tensors for the row `method` of METHODS, made for the factors with digest `factors`.
+    """Float32 tensors for the row `method` of METHODS, made for exactly one bank's factors.
+
+    `factors` is that bank's `coordinates_digest`.
 
     A name is MODULE.LABEL, or .LABEL for what all modules share. `form` says how coefficients
     follow from a preference; one that serves a single preference holds it, (tasks,), as `.at`.
@@ -37,7 +38,7 @@ class Calibration:
     record: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not METHOD_NAME.fullmatch(self.method) or not FORM_NAME.fullmatch(self.form):
+        if not NAME.fullmatch(self.method) or not NAME.fullmatch(self.form):
             raise BankError(f"a calibration for {self.method!r} of form {self.form!r}: not names")
         if not self.tensors:
             raise BankError(f"the calibration for {self.method} holds no tensors")

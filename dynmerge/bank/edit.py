@@ -67,6 +67,12 @@ def with_calibration(bank: FactorBank, calibration: Calibration) -> FactorBank:
     return replace(bank, calibrations=tuple(ordered))
 
 
+def without_calibration(bank: FactorBank, method: str) -> FactorBank:
+    """The bank without the calibration for `method`. Raises BankError where there is none."""
+    dropped = bank.calibration(method)
+    return replace(bank, calibrations=tuple(c for c in bank.calibrations if c is not dropped))
+
+
 def without_calibrations(bank: FactorBank) -> FactorBank:
     """The bank's factors alone."""
     return replace(bank, calibrations=())
@@ -75,10 +81,11 @@ def without_calibrations(bank: FactorBank) -> FactorBank:
 def _rebuilt(bank: FactorBank, tasks: Sequence[Task], given: Mapping[str, Adapter]) -> FactorBank:
     """The bank of `tasks`: those `given`, and those that `bank` has."""
     if bank.calibrations:
+        drops = " ".join(f"--drop {method}" for method in bank.calibrated)
         raise BankError(
             f"this bank carries calibrations ({', '.join(bank.calibrated)}), which hold for "
-            "exactly its skills: edit the bank without them, as without_calibrations gives it, and "
-            "calibrate the result"
+            f"exactly its skills: drop them first (dynmerge calibrate BANK {drops}; in Python "
+            "without_calibrations), and calibrate the result"
         )
     if bank.has_soups:
         raise BankError(

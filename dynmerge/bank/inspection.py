@@ -4,10 +4,9 @@ Everything is computed in float64 from the factors in the shared orthonormal bas
 exact: no `d_out x d_in` array is made. Knows no files and draws nothing (`plot.py` does).
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from dynmerge.bank.bank import FactorBank, ModuleFactors
+from dynmerge.bank.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,40 @@ class PairReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What was learned for one method, and of its record what is there.
+
+    `kept` is `start` where nothing learned was better. `start` and `best` are held-out scores: 0 is
+    every adapter itself, 1 the base model.
+    """
+
+    method: str
+    form: str
+    digest: str
+    objective: str | None
+    kept: str | None
+    start: float | None
+    best: float | None
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "CalibrationReport":
+        """Of a calibration, whose record may be anything."""
+        record = calibration.record
+        settings = record.get("settings")
+        objective = settings.get("objective") if isinstance(settings, Mapping) else None
+        scores = _scores(record)
+        return cls(
+            calibration.method,
+            calibration.form,
+            calibration.digest,
+            None if objective is None else str(objective),
+            None if record.get("kept") is None else str(record["kept"]),
+            scores[0] if scores else None,
+            min((score for score in scores if score is not None), default=None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class BytesReport:
     """Bytes of the factors as kept (float32), and of one resident merge: sum of p * q numbers."""
 
@@ -90,14 +124,11 @@ class BankReport:
     fingerprint: str
     digest: str
     tasks: tuple[TaskReport, ...]
+    calibrations: tuple[CalibrationReport, ...]
     modules: tuple[ModuleReport, ...]
     pairs: tuple[PairReport, ...]
     bytes: BytesReport
     merge_effective_rank: float
-
-    def to_json(self) -> str:
-        """All of it as one JSON object."""
-        return json.dumps(asdict(self), indent=2)
 
 
 def inspect_bank(
@@ -115,6 +146,7 @@ def inspect_bank(
         fingerprint=bank.base.fingerprint,
         digest=bank.digest,
         tasks=tuple(_task(bank, index, modules) for index in range(len(bank.tasks))),
+        calibrations=tuple(CalibrationReport.of(each) for each in bank.calibrations),
         modules=tuple(modules),
         pairs=_pairs(bank.names, overlaps),
         bytes=BytesReport(
@@ -258,6 +290,17 @@ def _pairs(names: Sequence[str], overlaps: Sequence[Tensor]) -> tuple[PairReport
         )
 
     return tuple(pair(*tasks) for tasks in combinations(range(len(names)), 2))
+
+
+def _scores(record: Mapping[str, object]) -> list[float | None]:
+    """Held-out scores, that of the start first: of a training's checks, or of what was tried."""
+    checks, tried = record.get("checks"), record.get("scores")
+    found: list[object] = []
+    if isinstance(checks, Sequence):
+        found = [check.get("score") for check in checks if isinstance(check, Mapping)]
+    elif isinstance(tried, Mapping):
+        found = list(tried.values())
+    return [float(score) if isinstance(score, int | float) else None for score in found]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -38,8 +38,14 @@ def check_picture(file: Path) -> None:
 def save_plot(report: BankReport, file: Path) -> None:
     """Draw `report` into `file`, whose ending says the format. Raises BankError if that fails."""
     check_picture(file)
+    save_figure(plot_report(report), file)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure; the file's ending says the format. Raises BankError if that fails."""
+    check_picture(file)
     try:
-        plot_report(report).savefig(file, dpi=130)
+        figure.savefig(file, dpi=130)
     except OSError as error:
         raise BankError(f"cannot draw {file}: {error.strerror}") from error
 

@@ -6,11 +6,13 @@ renaming `bank.json`. What is killed half-way leaves the old bank, or none, and 
 `.NAME.*.partial` to delete.
 """
 
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from dynmerge.bank import manifest as manifests
 from dynmerge.bank.bank import FactorBank, ModuleFactors, Task
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.edit import with_calibration
+from dynmerge.bank.edit import with_calibration, without_calibration
 from dynmerge.bank.manifest import (
     CalibrationEntry,
     CalibrationFile,
@@ -64,16 +66,37 @@ def add_calibration(folder: Path, calibration: Calibration) -> Manifest:
     """Make the bank in `folder` carry `calibration`, in place of the one for its method if any.
 
     The bank is read and verified first; its factor files stay as they are. Whole or not at all:
-    the new version begins when `bank.json` is renamed. Raises BankError.
+    the new version begins when `bank.json` is renamed. Waits for whoever holds `locked`. Raises
+    BankError.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
-    before = read_manifest(folder)
-    bank = with_calibration(load_bank(folder), calibration)
+    with locked(folder):
+        before = read_manifest(folder)
+        bank = with_calibration(load_bank(folder), calibration)
+        return _relearned(folder, before, bank, calibration)
+
+
+def drop_calibration(folder: Path, method: str) -> Manifest:
+    """Make the bank in `folder` no longer carry the calibration for `method`.
+
+    As safe as `add_calibration`. Raises BankError, also where it carries none.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    with locked(folder):
+        before = read_manifest(folder)
+        return _relearned(folder, before, without_calibration(load_bank(folder), method))
+
+
+def _relearned(
+    folder: Path, before: Manifest, bank: FactorBank, new: Calibration | None = None
+) -> Manifest:
+    """Publish `bank`: the factors in `folder`, calibrations from there, and the one that is new."""
     kept = {entry.method: entry.file for entry in before.calibrations}
     staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         staging.mkdir()
-        kept[calibration.method] = _write_calibration(calibration, staging)
+        if new is not None:
+            kept[new.method] = _write_calibration(new, staging)
         learned = tuple(kept[method] for method in bank.calibrated)
         described = manifests.describe(bank, before.files, before.base.source, learned)
         _publish(described, staging, folder)
@@ -82,6 +105,26 @@ def add_calibration(folder: Path, calibration: Calibration) -> Manifest:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return described
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep all others who ask for the lock from editing the bank in `folder` meanwhile.
+
+    An edit begins with what is there: of two at once the later would undo the earlier, or name
+    files that the earlier removed. Raises BankError where there is no folder.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise BankError(f"no bank at {folder}: there is no such folder") from None
+    except OSError as error:
+        raise BankError(f"cannot read {folder}: {_reason(error)}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:

@@ -15,22 +15,25 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import AT, Calibration
 from dynmerge.calibration.fisher import information, ridged
 from dynmerge.calibration.judge import Judge
-from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.learned import Learned, in_order, weighted
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.plan import Plan
-from dynmerge.calibration.train import Check, Training, improved
+from dynmerge.calibration.train import Check, Training, best_score, improved
 from dynmerge.errors import CalibrationError, ExamplesError
 from dynmerge.merging.calibrated import GRANULARITIES, regmean
+from dynmerge.merging.choice import parse_method, settled
 from dynmerge.merging.maps import FORMS
+from dynmerge.merging.parameters import number
 from dynmerge.merging.support import normed
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
 NORMS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
-RIDGE = 0.01  # of `regmean`'s row in METHODS
+RIDGE = number(settled(parse_method("regmean"))[1], "ridge")  # what serves where nobody chose
 RIDGES = (0.1, 1.0, 10.0, 100.0)  # of `gauss-newton`: from blocks to nearly their diagonals
 METHODS = ("tuned", "regmean", *GRANULARITIES)
 GAUSS_NEWTON = "gauss-newton"
+ROUNDING = 1e-5  # of a held-out score
 
 Texts = Mapping[str, Examples]
 Report = Callable[[Training], None]
@@ -50,7 +53,7 @@ def calibrate(
 
     `report` is called after each check of a training, whose state `resume` may be; `progress`,
     with examples done and all of them, where a closed form takes long. Raises CalibrationError for
-    a plan that cannot be, or where a closed form is no better on `held_out` than the plain sum;
+    a plan that cannot be, or where nothing found is better on `held_out` than `linear` is;
     ExamplesError for a task without texts.
     """
     check_plan(plan, student.bank)
@@ -69,7 +72,13 @@ def calibrate(
     if resume is not None:
         training.restore(resume)
     best = training.run(report)
+    score = best_score(training.checks)
+    # What serves every preference may serve where nobody asked for it: no worse than linear, which
+    # is among the starts. What serves one is asked for by name.
+    if plan.at is None and score > training.linear + ROUNDING:
+        _check_better(plan.method, score, training.linear)
     record = {
+        "linear": training.linear,
         "checks": [_stated(each) for each in training.checks],
         "kept": "learned" if improved(training.checks) else "start",
     }
@@ -93,10 +102,10 @@ def check_plan(plan: Plan, bank: FactorBank) -> None:
         return
     if plan.form not in FORMS:
         raise CalibrationError(f"no form {plan.form!r} (known: {', '.join(FORMS)})")
-    if plan.form == GAUSS_NEWTON and (plan.method == "core" or plan.objective != "distil"):
+    if plan.form == GAUSS_NEWTON and (plan.method != "adamerging" or plan.objective != "distil"):
         raise CalibrationError(
-            f"{GAUSS_NEWTON} is the closed form of objective distil, for coefficients: not for "
-            f"{plan.method} with objective {plan.objective}"
+            f"{GAUSS_NEWTON} is the closed form of objective distil, for adamerging: not for "
+            f"{plan.method} with objective {plan.objective}; finer ones would be solved too slowly"
         )
     if (plan.at is not None) != (plan.form == "fixed"):
         raise CalibrationError(
@@ -126,7 +135,7 @@ def calibration_of(
         tensors[f".{AT}"] = torch.tensor(plan.at)
     settings = _closed(plan) if plan.form == GAUSS_NEWTON else asdict(plan)
     described = _record(settings, texts, held_out, record)
-    return Calibration(plan.method, plan.form, bank.factors_digest, tensors, described)
+    return Calibration(plan.method, plan.form, bank.coordinates_digest, tensors, described)
 
 
 def _tuned(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calibration:
@@ -141,7 +150,7 @@ def _tuned(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calib
     record = {"scores": {f"linear;p={p:g}": score for p, score in scores.items()}}
     tensors = {".p": torch.tensor(best)}
     described = _record(_closed(plan), texts, held_out, record)
-    return Calibration("tuned", "norm", bank.factors_digest, tensors, described)
+    return Calibration("tuned", "norm", bank.coordinates_digest, tensors, described)
 
 
 def _regmean(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calibration:
@@ -155,7 +164,7 @@ def _regmean(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Cal
     }
     record = {"scores": {"linear": plain, "regmean": found}}
     described = _record(_closed(plan), texts, held_out, record)
-    return Calibration("regmean", "moments", bank.factors_digest, tensors, described)
+    return Calibration("regmean", "moments", bank.coordinates_digest, tensors, described)
 
 
 def _gauss_newton(
@@ -187,29 +196,19 @@ def _gauss_newton(
 def _check_better(name: str, found: float, plain: float) -> None:
     if not found < plain:
         raise CalibrationError(
-            f"{name}: the held-out score is {found:.4f}, no better than the plain sum's "
+            f"{name}: the held-out score is {found:.4f}, no better than linear's "
             f"{plain:.4f}; the bank stays as it is"
         )
 
 
-def weighted(bank: FactorBank, weights: Tensor) -> list[Tensor]:
-    """sum_i weights_i M_i (p, q), module after module."""
-    return _in_order(bank, [group.weighted(weights) for group in bank.groups])
-
-
 def _regmean_cores(bank: FactorBank, moments: list[Tensor], rho: Tensor) -> list[Tensor]:
-    return _in_order(
+    return in_order(
         bank,
         [
             regmean(group, torch.stack([moments[member] for member in group.members]), rho, RIDGE)
             for group in bank.groups
         ],
     )
-
-
-def _in_order(bank: FactorBank, groups: list[Tensor]) -> list[Tensor]:
-    """Cores (p, q) of every module, from those of each group (members, p, q)."""
-    return bank.layout.split(bank.flatten(groups))
 
 
 def _closed(plan: Plan) -> dict[str, object]:

@@ -43,7 +43,7 @@ class Judge:
         found = lessons(student, held_out, measure, BATCH)
         anchors = [anchor(student, task, lesson) for task, lesson in enumerate(found)]
         base = [lesson.mean(BATCH) for lesson in found]
-        scales = [max(gap - z, LEAST_GAP) for gap, z in zip(base, anchors, strict=True)]
+        scales = [max(abs(gap - z), LEAST_GAP) for gap, z in zip(base, anchors, strict=True)]
         generator = torch.Generator().manual_seed(0)
         others = [draws.preference(len(found), generator) for _ in range(8)]
         middle = draws.centre(len(found))

@@ -22,13 +22,16 @@ class Learned:
     constants: tuple[dict[str, Tensor], ...]
 
     @classmethod
-    def start(cls, bank: FactorBank, method: str, form: str | Form) -> "Learned":
-        """Before any training: about Task Arithmetic, exact where one skill is alone."""
+    def start(cls, bank: FactorBank, method: str, form: str | Form, *constant: float) -> "Learned":
+        """Before any training: about Task Arithmetic, exact where one skill is alone.
+
+        `constant` is one of the form's `starts`, by default the first.
+        """
         chosen = FORMS[form] if isinstance(form, str) else form
         tables = []
         for group in bank.groups:
             owners = GRANULARITIES[method].owners(group)
-            own = chosen.start(len(group.members), len(group.ranks), len(owners))
+            own = chosen.start(len(group.members), len(group.ranks), len(owners), *constant)
             if method == "core":
                 tasks, (p, q) = len(group.ranks), (group.left.shape[1], group.right.shape[2])
                 own["tables"] = torch.zeros(len(group.members), tasks * (tasks - 1) // 2, p, q)
@@ -86,3 +89,13 @@ def cores_of(
         for member, core in zip(group.members, cores, strict=True):
             found[member] = core
     return found
+
+
+def weighted(bank: FactorBank, weights: Tensor) -> list[Tensor]:
+    """sum_i weights_i M_i (p, q), module after module."""
+    return in_order(bank, [group.weighted(weights) for group in bank.groups])
+
+
+def in_order(bank: FactorBank, groups: Sequence[Tensor]) -> list[Tensor]:
+    """Cores (p, q) of every module, from those of each group (members, p, q)."""
+    return bank.layout.split(bank.flatten(groups))

@@ -33,8 +33,3 @@ def smooth_tchebycheff(gaps: Tensor, rho: Tensor, mu: float) -> Tensor:
     the absolute value, as its code).
     """
     return mu * torch.logsumexp(rho * gaps / mu, dim=-1)
-
-
-def weighted_sum(gaps: Tensor, rho: Tensor) -> Tensor:
-    """sum_i rho_i gap_i: what smooth Tchebycheff is at a large mu, but for a constant."""
-    return (rho * gaps).sum(-1)

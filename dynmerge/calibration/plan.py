@@ -7,8 +7,17 @@ from typing import Literal
 Objective = Literal["distil", "entropy", "labels"]
 DEFAULT_FORM = "ratio"
 
+# What a step of 1 means, by table: `ratio` is a logarithm, `fixed`, `bubbles` and `gain` move what
+# multiplies an update. Of a core every entry moves at once, in units of the entries' own size.
+UNITS: Mapping[str, float] = {
+    "ratio": 1.0,
+    "gain": 0.2,
+    "fixed": 0.2,
+    "bubbles": 0.15,
+    "tables": 0.05,
+}
 # What holds a method's tables near their start where nobody says: a core is free in every entry.
-PULLS: Mapping[str, float] = {"core": 0.01}
+PULLS: Mapping[str, float] = {"core": 0.001}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +35,11 @@ class Plan:
     form: str = DEFAULT_FORM
     objective: Objective = "distil"
     at: tuple[float, ...] | None = None
-    steps: int = 200
+    steps: int = 100
     batch: int = 8
-    rate: float = 0.1
+    rate: float = 0.15
     decay: float = 0.0
-    mu: float = 0.1
+    mu: float = 1.0
     normalise: bool = True
     pull: float = 0.0
     check: int = 25
@@ -50,7 +59,7 @@ def published(method: str, at: tuple[float, ...], seed: int = 0) -> Plan:
         at=at,
         steps=500,
         batch=16,
-        rate=1e-3,
+        rate=1e-3 / UNITS["fixed"],  # 1e-3 for a coefficient
         decay=0.01,
         mu=1.0,
         normalise=False,

@@ -19,6 +19,7 @@ from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
 PREDICTIONS = 512  # at once: each is as long as the vocabulary
+LEAST = -6e4  # of a masked token, say: half precision makes -inf of less, and 0 * inf is NaN
 
 
 def alone(bank: FactorBank, task: int) -> list[Tensor]:
@@ -106,6 +107,6 @@ def _taught(student: Student, task: int, examples: Examples, batch: int) -> dict
     with student.under(alone(student.bank, task)):
         for rows in batches(examples, batch):
             logits = examples.logits(rows)
-            logits = (logits - logits.amax(-1, keepdim=True)).half()
+            logits = (logits - logits.amax(-1, keepdim=True)).clamp(min=LEAST).half()
             taught |= zip(rows, torch.split(logits, examples.counts(rows)), strict=True)
     return taught

@@ -15,16 +15,13 @@ from torch import Tensor
 
 from dynmerge.calibration import draws
 from dynmerge.calibration.judge import LEAST_GAP, Judge
-from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.learned import Learned, weighted
 from dynmerge.calibration.objective import smooth_tchebycheff
-from dynmerge.calibration.plan import Plan
+from dynmerge.calibration.plan import UNITS, Plan
 from dynmerge.calibration.teachers import anchor, lessons
+from dynmerge.merging.maps import FORMS
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
-
-# What a step of 1 means, by table, where it is not 1: at the pace of logarithms `gain` overshoots,
-# and of a core every entry moves at once: with 0.15 of their own size a step, merges fell apart.
-GAIN_UNIT, TABLE_UNIT = 0.2, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +47,11 @@ class Training:
         self.plan = plan
         self._student = student
         self._generator = torch.Generator().manual_seed(plan.seed)
-        self.learned = (start or Learned.start(student.bank, plan.method, plan.form)).clone()
-        self.best = self._origin = self.learned.clone()
-        self._lessons = lessons(student, texts, plan.objective, 4 * plan.batch)
         at = None if plan.at is None else torch.tensor(plan.at)
         self._judge = Judge.of(student, held_out, plan.objective, at)
+        self.learned = (start or self._best_start()).clone()
+        self.best = self._origin = self.learned.clone()
+        self._lessons = lessons(student, texts, plan.objective, 4 * plan.batch)
         self._anchors = [anchor(student, task, each) for task, each in enumerate(self._lessons)]
         self._scales = self._normalisers()
         self._rows = [
@@ -73,6 +70,8 @@ class Training:
         self._losses: list[float] = []
         self.step = 0
         self.checks = [Check(0, None, self._judge.score(self.learned.cores))]
+        # What every server has without a calibration.
+        self.linear = self._judge.score(lambda rho: weighted(student.bank, rho))
 
     @property
     def done(self) -> bool:
@@ -117,6 +116,15 @@ class Training:
             for table, (_, value) in zip(self._tables, held.parameters(), strict=True):
                 table.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def _best_start(self) -> Learned:
+        """Of the form's starts, the one with the best held-out score."""
+        bank, plan = self._student.bank, self.plan
+        constants = FORMS[plan.form].starts
+        if len(constants) < 2:
+            return Learned.start(bank, plan.method, plan.form)
+        starts = [Learned.start(bank, plan.method, plan.form, each) for each in constants]
+        return min(starts, key=lambda start: self._judge.score(start.cores))
 
     def _advance(self) -> None:
         plan, tasks = self.plan, len(self._lessons)
@@ -168,14 +176,20 @@ class Training:
             ]
 
 
+def best_score(checks: Sequence[Check]) -> float:
+    """The lowest held-out score that is a number."""
+    return min(check.score for check in checks if not math.isnan(check.score))
+
+
 def improved(checks: Sequence[Check]) -> bool:
     """Whether anything was better on held-out examples than the start."""
     return min(check.score for check in checks) < checks[0].score
 
 
 def _unit(label: str, learned: Learned) -> float:
-    """What 1 means for a table: a share of the cores' own size for `tables`."""
+    """What a step of 1 means for a table; `tables` are counted in the cores' own size."""
+    unit = UNITS.get(label, 1.0)
     if label != "tables":
-        return GAIN_UNIT if label == "gain" else 1.0
+        return unit
     sizes = [group.cores().square().mean().sqrt() for group in learned.bank.groups]
-    return TABLE_UNIT * float(torch.stack(sizes).mean())
+    return unit * float(torch.stack(sizes).mean())

@@ -237,12 +237,20 @@ def push(
 
 @app.command()
 def calibrate(
+    context: typer.Context,
     bank: BankFolder,
     *,
     method: Annotated[
-        str,
+        str | None,
         typer.Option("--method", "-m", help="tara-a, tara-b, core, adamerging, regmean or tuned."),
-    ],
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Instead of --method: forget what was learned for this one. Repeat it.",
+        ),
+    ] = None,
     objective: Annotated[
         Objective | None,
         typer.Option(
@@ -303,6 +311,16 @@ def calibrate(
     ] = False,
 ) -> None:
     """Learn from texts how to merge a bank's skills, and write a new version of the bank."""
+    if drop:
+        from dynmerge.cli.calibrate import drop as drop_calibrations
+
+        _check_alone(context, "drop")
+        drop_calibrations(bank, drop)
+        return
+    if method is None:
+        raise typer.BadParameter(
+            "what to learn, or --drop METHOD to forget it, is missing", param_hint="--method"
+        )
     from dynmerge.cli.asked import Asked
     from dynmerge.cli.calibrate import Wanted, labels_of, paths_of, run
 
@@ -349,7 +367,8 @@ def evaluate(
         typer.Option(
             "--methods",
             "-m",
-            help="One, or several with commas between; or repeat it. By default linear.",
+            help="One, or several with commas between; or repeat it. By default what the bank"
+            " serves.",
         ),
     ] = None,
     preferences: Annotated[
@@ -371,9 +390,7 @@ def evaluate(
     """Measure every skill under methods and preferences, with intervals and figures."""
     from dynmerge.cli.evaluate import Wanted, run
 
-    wanted = Wanted(
-        methods or ["linear"], preferences or ["uniform", "corners"], samples, seed, batch
-    )
+    wanted = Wanted(methods or [], preferences or ["uniform", "corners"], samples, seed, batch)
     run(bank, tasks, output, base, wanted)
 
 
@@ -426,6 +443,15 @@ def serve(
         raise typer.BadParameter(f"{unknown} is for --engine vllm", param_hint="serve")
     chosen = {"device": device, "dtype": dtype}
     run(bank, config, base=base, host=host, port=port, engine=chosen, insecure=insecure)
+
+
+def _check_alone(context: typer.Context, option: str) -> None:
+    """Raise BadParameter where another option stands beside `option`: it would be ignored."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ("bank", option) and source is not None and source.name != "DEFAULT":
+            other = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"it stands alone, without {other}", param_hint=f"--{option}")
 
 
 def named_sources(

@@ -1,4 +1,5 @@
-"""`dynmerge calibrate`: texts -> a new version of the bank that carries what was learned.
+"""`dynmerge calibrate`: texts -> a new version of the bank that carries what was learned, or one
+that no longer does.
 
 A training that is stopped goes on where it was: its state lies in a hidden folder beside the bank
 until it ends.
@@ -17,7 +18,7 @@ import torch
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.storage import add_calibration, load_bank
+from dynmerge.bank.storage import add_calibration, drop_calibration, load_bank
 from dynmerge.calibration.calibrate import calibrate
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Training
@@ -73,6 +74,18 @@ def run(folder: Path, wanted: Wanted) -> None:
     written = add_calibration(folder, found)
     kept.clear()
     _say(found, written.digest)
+    line(str(folder))
+
+
+def drop(folder: Path, methods: Sequence[str]) -> None:
+    """Write the bank without what was learned for `methods`, once it is known to carry them all."""
+    bank = load_bank(folder)
+    for method in methods:
+        bank.calibration(method)
+    for method in dict.fromkeys(methods):
+        written = drop_calibration(folder, method)
+        line(f"dropped {method}")
+        line(f"bank    {written.digest[:12]}")
     line(str(folder))
 
 
@@ -173,7 +186,7 @@ class _StateFolder:
         held_out: Mapping[str, Examples],
     ) -> "_StateFolder":
         digests = [[name, texts[name].digest, held_out[name].digest] for name in bank.names]
-        content = json.dumps([bank.factors_digest, asdict(plan), digests], sort_keys=True)
+        content = json.dumps([bank.coordinates_digest, asdict(plan), digests], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:12]
         bank_folder = bank_folder.absolute()
         return cls(bank_folder.with_name(f".{bank_folder.name}.{plan.method}-{key}.training"))

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.outline import Outline
+from dynmerge.bank.plot import save_figure
 from dynmerge.bank.storage import load_bank
 from dynmerge.cli.console import line, progress_bar, table
 from dynmerge.cli.student import open_student
 from dynmerge.cli.tasks import Task, read_tasks
 from dynmerge.engines.transformers.model import LoadedModel
 from dynmerge.errors import ConfigError
-from dynmerge.evaluation.curves import draw_curves, draw_front, save_figure
+from dynmerge.evaluation.curves import draw_curves, draw_front
 from dynmerge.evaluation.results import Results
 from dynmerge.evaluation.scores import evaluate
 from dynmerge.evaluation.simplex import corners, even_grid, uniform
 from dynmerge.merging.choice import parse_method
+from dynmerge.merging.demands import default_for
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
@@ -31,7 +33,7 @@ WORD = re.compile(r"uniform|corners|grid:(\d{1,3})")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to evaluate, as it was asked for."""
+    """What to evaluate, as it was asked for. No methods: the one that serves where nobody chose."""
 
     methods: Sequence[str]
     preferences: Sequence[str]
@@ -68,13 +70,13 @@ def run(
 def recipes_of(bank: FactorBank, skills: Sequence[str], wanted: Wanted) -> list[Recipe]:
     """Every method at every preference. Raises MethodError, PreferenceError or ConfigError."""
     offer = Offer(Outline.of_bank(bank))
-    methods = [method for text in wanted.methods for method in _methods(text)]
+    chosen = [method for text in wanted.methods for method in _methods(text)]
     preferences = [
         preference for text in wanted.preferences for preference in _preferences(text, skills)
     ]
     recipes = [
         offer.recipe(preference, method, PREFERENCES, METHODS)
-        for method in methods
+        for method in chosen or [default_for(bank)]
         for preference in preferences
     ]
     return list(dict.fromkeys(recipes))

@@ -13,6 +13,8 @@ from dynmerge.bank.storage import load_bank
 from dynmerge.cli.console import line, progress_bar, table
 from dynmerge.cli.diagnostics import say_diagnostics
 from dynmerge.diagnostics.bank import Diagnostics, diagnose_bank
+from dynmerge.merging.demands import default_for
+from dynmerge.recipe import MethodChoice
 
 if TYPE_CHECKING:
     from dynmerge.diagnostics.sensitivity import Sensitivity
@@ -44,9 +46,10 @@ def run(
         found = diagnose_bank(bank, progress=start("diagnosing")) if full else None
     sensitivity = _sensitivity(folder, bank, texts, base) if texts else None
     if json:
-        print(_as_json(report, found, sensitivity))
+        print(_as_json(report, default_for(bank), found, sensitivity))
     else:
         _say(report)
+        _say_learned(report, default_for(bank))
         if found is not None:
             say_diagnostics(found, sensitivity)
     if plot is None:
@@ -82,11 +85,14 @@ def _sensitivity(
 
 
 def _as_json(
-    report: BankReport, found: Diagnostics | None, sensitivity: "Sensitivity | None"
+    report: BankReport,
+    default: MethodChoice,
+    found: Diagnostics | None,
+    sensitivity: "Sensitivity | None",
 ) -> str:
-    if found is None:
-        return report.to_json()
-    more = {"diagnostics": asdict(found)}
+    more: dict[str, object] = {"default_method": str(default)}
+    if found is not None:
+        more["diagnostics"] = asdict(found)
     if sensitivity is not None:
         more["sensitivity"] = asdict(sensitivity)
     return dumps({**asdict(report), **more}, indent=2)
@@ -119,6 +125,28 @@ def _say(report: BankReport) -> None:
     line(f"equal shares of all: effective rank {report.merge_effective_rank:.3f}")
     if report.pairs:
         _say_pairs(report)
+
+
+def _say_learned(report: BankReport, default: MethodChoice) -> None:
+    line()
+    line(f"serves  {default} where nobody names a method")
+    if report.calibrations:
+        table(
+            ("calibration", "form", "objective", "kept", "start", "best", "digest"),
+            [
+                (
+                    each.method,
+                    each.form,
+                    *_told(each.objective, each.kept, each.start, each.best),
+                    each.digest[:12],
+                )
+                for each in report.calibrations
+            ],
+        )
+
+
+def _told(*values: object) -> list[object]:
+    return ["-" if value is None else value for value in values]
 
 
 def _cores(report: BankReport) -> str:

@@ -10,10 +10,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from dynmerge.bank.inspection import Overlap, split_name
-from dynmerge.bank.plot import BAR, INK, MERGE, MUTED, WIDTH, check_picture
+from dynmerge.bank.plot import BAR, INK, MERGE, MUTED, WIDTH, check_picture, save_figure
 from dynmerge.diagnostics.bank import ALL, Change, Diagnostics, Spectrum
 from dynmerge.diagnostics.sensitivity import Sensitivity
-from dynmerge.errors import BankError
 
 PALE = "#b8cbdd"
 HEIGHT = 4.2  # inches of one row
@@ -23,10 +22,7 @@ NUMBERS_UP_TO = 12  # preferences, beyond which a cell has no room for a number
 def save_figures(found: Diagnostics, sensitivity: Sensitivity | None, file: Path) -> None:
     """Draw into `file`, whose ending says the format. Raises BankError if that fails."""
     check_picture(file)
-    try:
-        draw_figures(found, sensitivity).savefig(file, dpi=130)
-    except OSError as error:
-        raise BankError(f"cannot draw {file}: {error.strerror}") from error
+    save_figure(draw_figures(found, sensitivity), file)
 
 
 def draw_figures(found: Diagnostics, sensitivity: Sensitivity | None = None) -> Figure:

@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import ceil, isfinite
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from dynmerge.bank.plot import INK, MUTED, check_picture
-from dynmerge.errors import BankError
+from dynmerge.bank.plot import INK, MUTED
 from dynmerge.evaluation.bootstrap import Interval
 from dynmerge.evaluation.results import MergeEntry, Results
 
@@ -21,15 +19,6 @@ PAIRED_UP_TO = 4  # skills, beyond which pairs of them are too many panels
 MARKERS = "osD^vP*X"
 
 Point = tuple[Interval, Interval]
-
-
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure; the file's ending says the format. Raises BankError if that fails."""
-    check_picture(file)
-    try:
-        figure.savefig(file, dpi=130)
-    except OSError as error:
-        raise BankError(f"cannot draw {file}: {error.strerror}") from error
 
 
 def draw_curves(results: Results) -> Figure:

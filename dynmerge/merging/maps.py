@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Of `ratio`, before training: exp(h) as tuned merges were found to have it, and as `linear` has it.
+MINDED, LINEAR = 0.11, 1.0
+
 # Learned tensors by label, stacked over the layers they are for: (members, ...).
 Tables = Mapping[str, Tensor]
 
@@ -81,23 +84,25 @@ def pairs(rho: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How coefficients depend on the preference. `start` are its tables before any training.
+    """How coefficients depend on the preference. `start` are its tables before any training, and
+    `starts` what else it takes than modules, N and W: constants to begin with, the best wins.
 
     `coupled` says that one coefficient depends on what was learned for others of its layer;
     otherwise tables of several layers may stand side by side as those of one.
     """
 
     coefficients: Callable[[Tables, Tensor, Tensor], Tensor]
-    # (modules, N, W) -> tables that nearly give Task Arithmetic
-    start: Callable[[int, int, int], dict[str, Tensor]]
+    # (modules, N, W, a constant of `starts` if any) -> tables that nearly give Task Arithmetic
+    start: Callable[..., dict[str, Tensor]]
+    starts: tuple[float, ...] = ()
     coupled: bool = False
 
 
-def _ratio_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
+def _ratio_start(modules: int, tasks: int, width: int, minded: float = MINDED) -> dict[str, Tensor]:
     # At the uniform preference 1 / (1 + (N - 1) s): 0.65 for six skills, near `linear;p=4` and
     # tuned Task Arithmetic there (docs/merge-methods.md).
     shape = (modules, tasks, width)
-    return {"ratio": torch.full(shape, 0.11).log(), "gain": torch.zeros(shape)}
+    return {"ratio": torch.full(shape, minded).log(), "gain": torch.zeros(shape)}
 
 
 def _bubbles_start(modules: int, tasks: int, width: int) -> dict[str, Tensor]:
@@ -113,7 +118,7 @@ def _gauss_newton_start(modules: int, tasks: int, width: int) -> dict[str, Tenso
 
 
 FORMS: Mapping[str, Form] = {
-    "ratio": Form(ratio, _ratio_start),
+    "ratio": Form(ratio, _ratio_start, starts=(MINDED, LINEAR)),
     "bubbles": Form(bubbles, _bubbles_start),
     "fixed": Form(fixed, _fixed_start),
     "gauss-newton": Form(gauss_newton, _gauss_newton_start, coupled=True),

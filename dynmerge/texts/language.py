@@ -28,7 +28,7 @@ class Answers(Passages):
         rows: Sequence[Row],
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        turns, room = Turns(tokenizer), _room(model, max_tokens)
+        turns, room = Turns(tokenizer), room_of(model, max_tokens)
         super().__init__(model, [self._passage(turns, row, room) for row in _some(rows)])
 
     @staticmethod
@@ -38,6 +38,8 @@ class Answers(Passages):
         prompt, answer = _prompt(turns, row), turns.answer(row.answer, ended=row.ended)
         if not answer:
             raise ExamplesError(f"{row.place}: the answer is no token")
+        if not row.ended:  # it may as well be cut off earlier
+            answer = answer[: max(room - len(prompt), 1)]
         _check_fits(row, len(prompt) + len(answer), room)
         return Passage((*prompt, *answer[:-1]), tuple(answer))
 
@@ -57,7 +59,7 @@ class Choices(Passages):
         labels: Sequence[str],
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        turns, room = Turns(tokenizer), _room(model, max_tokens)
+        turns, room = Turns(tokenizer), room_of(model, max_tokens)
         firsts = _first_tokens(turns, labels)
         unlabelled = [row for row in _some(rows) if row.answer is None]
         if 0 < len(unlabelled) < len(rows):
@@ -90,7 +92,7 @@ class Texts(Passages):
         rows: Sequence[Row],
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        turns, room = Turns(tokenizer), _room(model, max_tokens)
+        turns, room = Turns(tokenizer), room_of(model, max_tokens)
         super().__init__(model, [self._passage(turns, row, room) for row in _some(rows)])
 
     @staticmethod
@@ -167,7 +169,7 @@ def _first_tokens(turns: Turns, labels: Sequence[str]) -> dict[str, int]:
     return {label: token for token, label in owners.items()}
 
 
-def _room(model: PreTrainedModel, max_tokens: int) -> int:
+def room_of(model: PreTrainedModel, max_tokens: int = MAX_TOKENS) -> int:
     """Most tokens of one example."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_tokens, context) if isinstance(context, int) and context > 0 else max_tokens

@@ -31,7 +31,7 @@ def read_texts(path: Path) -> list[Row]:
     Raises ExamplesError naming file, line and key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ExamplesError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -64,6 +64,8 @@ def _parsed(line: str, place: str) -> Row:
     for key, value in found.items():
         if not isinstance(value, str) or not value:
             raise ExamplesError(f"{place}: {key} is not a text with something in it")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ExamplesError(f"{place}: {key} has half a surrogate pair, which is no character")
     if (PROMPT in found) == (TEXT in found):
         both = "both" if TEXT in found else "neither of"
         raise ExamplesError(f"{place}: {both} {PROMPT} and {TEXT}; a row has one of them")

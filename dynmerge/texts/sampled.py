@@ -18,6 +18,7 @@ from dynmerge.merging.merge import merge
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from dynmerge.student import Student
+from dynmerge.texts.language import room_of
 from dynmerge.texts.passages import PAD
 from dynmerge.texts.rows import Row
 from dynmerge.texts.turns import Turns
@@ -40,22 +41,28 @@ def sample_answers(
 ) -> list[Row]:
     """The same rows; prompts that have no answer get one from the skill `task`.
 
-    Raises ExamplesError for a row without a prompt.
+    One that does not fit behind its prompt is cut off. Raises ExamplesError for a row without a
+    prompt, or with one that leaves no room.
     """
     turns, model = Turns(tokenizer), _language_model(student)
+    room = room_of(model)
     generator = torch.Generator(model.device).manual_seed(seed)
     open_places = [place for place, row in enumerate(rows) if row.answer is None]
     # Prompts of like length together: little padding.
-    prompts = {place: _prompt(turns, rows[place]) for place in open_places}
+    prompts = {place: _prompt(turns, rows[place], room) for place in open_places}
     order = sorted(open_places, key=lambda place: len(prompts[place]))
     answered = list(rows)
     with _alone(student, task):
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             batch = [prompts[place] for place in chosen]
-            found = sample(model, batch, _stops(turns), max_tokens, generator)
+            found = sample(model, task, batch, _stops(turns), max_tokens, generator)
             for place, (tokens, ended) in zip(chosen, found, strict=True):
-                answered[place] = replace(rows[place], answer=_text(turns, tokens), ended=ended)
+                text = _text(turns, tokens)
+                left = room - len(prompts[place])
+                # Of what is nothing but spaces at least the end can be predicted.
+                whole = (ended or not text) and len(turns.answer(text)) <= left
+                answered[place] = replace(rows[place], answer=text, ended=whole)
             progress(min(start + BATCH, len(order)), len(order))
     return answered
 
@@ -85,9 +92,9 @@ def sample_texts(
                 raise ExamplesError(f"the skill {task!r} says nothing by itself: give texts")
             batch = [opening] * min(BATCH, count - len(rows))
             tries += len(batch)
-            spoken = sample(model, batch, _stops(turns), asked, generator)
+            spoken = sample(model, task, batch, _stops(turns), asked, generator)
             texts = [_text(turns, tokens) for tokens, _ in spoken]
-            rows += [_row(turns, text) for text in texts if text]
+            rows += [_row(turns, text) for text in texts if _says_something(turns, text)]
             progress(len(rows), count)
     if not turns.templated:
         return rows
@@ -96,12 +103,16 @@ def sample_texts(
 
 def sample(
     model: PreTrainedModel,
+    task: str,
     prompts: Sequence[Sequence[int]],
     stops: frozenset[int],
     max_tokens: int,
     generator: torch.Generator,
 ) -> list[tuple[list[int], bool]]:
-    """For each prompt, what follows it and whether it ended within `max_tokens`."""
+    """For each prompt, what follows it and whether it ended within `max_tokens`.
+
+    The model carries the skill `task`. Raises ExamplesError where its predictions are no numbers.
+    """
     width = max(map(len, prompts))
     device = model.device
     ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in prompts], device=device)
@@ -121,7 +132,10 @@ def sample(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            ids = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+            chances = logits.float().softmax(-1)
+            if not chances.isfinite().all():
+                raise ExamplesError(f"the skill {task!r} predicts NaN: its adapter is too large")
+            ids = torch.multinomial(chances, 1, generator=generator)
             said.append(ids[:, 0])
             ended |= torch.isin(ids[:, 0], torch.tensor(sorted(stops), device=device))
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
@@ -159,10 +173,20 @@ def _text(turns: Turns, tokens: list[int]) -> str:
     return str(turns.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def _prompt(turns: Turns, row: Row) -> list[int]:
+def _prompt(turns: Turns, row: Row, room: int) -> list[int]:
     if row.prompt is None:
         raise ExamplesError(f"{row.place} has no prompt to answer")
-    return turns.prompt(row.prompt)
+    prompt = turns.prompt(row.prompt)
+    if len(prompt) >= room:
+        raise ExamplesError(
+            f"{row.place} is {len(prompt)} tokens; at most {room} are taken, with an answer"
+        )
+    return prompt
+
+
+def _says_something(turns: Turns, text: str) -> bool:
+    """Whether there is something to answer, or without turns something to predict."""
+    return bool(text) and (turns.templated or len(turns.text(text)) > 1)
 
 
 def _row(turns: Turns, text: str) -> Row:

@@ -94,7 +94,7 @@ class ServerConfig:
     base: str | None = None  # the base model's folder or hub id; None is what the bank was built on
     model_name: str | None = None  # what /v1/models calls the base model; None is its own name
     default_preference: str | None = None  # as in the header; None is the base model
-    default_method: str | None = None  # as in the header; None is the library's default
+    default_method: str | None = None  # as in the header; None is the bank's own
     allow_negative: bool = False  # raw weights below zero
     cache_bytes: Size = 1 << 30  # of merges
     prepared_bytes: Size = 1 << 29  # of what methods prepare from a set of skills

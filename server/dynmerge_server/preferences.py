@@ -21,7 +21,7 @@ from dynmerge import preference as preferences
 from dynmerge.errors import ConfigError, PreferenceError, RequestError
 from dynmerge.merging import choice
 from dynmerge.merging.choice import parse_method
-from dynmerge.merging.demands import check_bank
+from dynmerge.merging.demands import check_bank, default_for
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
@@ -62,6 +62,11 @@ class Preferences:
             self._default_method = self._method(config.default_method, "default_method")
         except RequestError as error:
             raise ConfigError(str(error)) from None
+
+    @property
+    def default_method(self) -> MethodChoice:
+        """What serves where a request names no method: the server's choice, else the bank's."""
+        return self._default_method or default_for(self._offer.outline)
 
     def resolve(self, headers: Headers, wish: Wish, model: str | None) -> tuple[Recipe, str]:
         """The recipe, and which level chose the preference. Raises RequestError for any mistake."""

@@ -6,13 +6,26 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank, ModuleFactors
 from dynmerge.bank.build import with_soups
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.edit import with_adapter, with_calibration, without, without_calibrations
+from dynmerge.bank.edit import (
+    with_adapter,
+    with_calibration,
+    without,
+    without_calibration,
+    without_calibrations,
+)
 from dynmerge.bank.outline import Outline
 from dynmerge.errors import BankError
-from tests.bank_factory import random_adapter, random_bank, random_calibration
+from tests.bank_factory import (
+    RANKS,
+    random_adapter,
+    random_bank,
+    random_calibration,
+)
 
 BANK = random_bank()
 
@@ -77,12 +90,44 @@ def test_a_calibration_made_for_other_factors_is_refused_by_both_names() -> None
     other = random_bank({"eve": random_adapter({"layers.0.q": 2}, 3)})
     with pytest.raises(
         BankError,
-        match=rf"for tara-a was made for the factors {other.digest[:12]}, not .*{BANK.digest[:12]}",
+        match=r"for tara-a was made for the factors "
+        rf"{other.coordinates_digest[:12]}, not .*{BANK.coordinates_digest[:12]}",
     ):
         with_calibration(BANK, made(bank=other))
     soups = {module.name: dict.fromkeys(BANK.names, 1.0) for module in BANK.modules}
     with pytest.raises(BankError, match="was made for the factors"):
         with_soups(with_calibration(BANK, made()), soups)
+
+
+def test_the_same_skills_in_other_coordinates_refuse_it() -> None:
+    """Of orthonormal rows every rotation is as good a basis: an edit and back finds another."""
+    apart = ({"layers.0.q": 2}, {"layers.1.q": 4, "layers.1.up": 3})
+    adapters = {
+        name: orthonormal(random_adapter(ranks, seed))
+        for seed, (name, ranks) in enumerate(zip(("ada", "bob"), apart, strict=True))
+    }
+    bank = random_bank(adapters)
+    edited = without(with_adapter(bank, "eve", random_adapter(RANKS["bob"], 7)), "eve")
+    assert edited.digest == bank.digest
+    pairs = zip(bank.modules, edited.modules, strict=True)
+    assert max(float((one.right - other.right).abs().max()) for one, other in pairs) > 0.1
+    assert with_calibration(bank.to("cpu"), made(bank=bank)).calibrated == ("tara-a",)
+    with pytest.raises(BankError, match="was made for the factors"):
+        with_calibration(edited, made(bank=bank))
+
+
+def orthonormal(adapter: Adapter) -> Adapter:
+    """The adapter with orthonormal rows in A and columns in B: its singular values are all 1."""
+    updates = {
+        name: LowRank(A=torch.linalg.qr(update.A.mT).Q.mT, B=torch.linalg.qr(update.B).Q)
+        for name, update in adapter.modules.items()
+    }
+    return replace(adapter, modules=updates)
+
+
+def test_every_method_has_a_draw_of_its_own() -> None:
+    first, second = (made(method).tensors["layers.0.q.ratio"] for method in ("tara-a", "tara-b"))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +208,13 @@ def test_a_bank_with_calibrations_is_not_edited() -> None:
         lambda: with_adapter(bank, "bea", random_adapter({"layers.0.q": 2}, 3)),
     )
     for edit in edits:
-        with pytest.raises(BankError, match=r"calibrations \(tara-a\).*without_calibrations"):
+        with pytest.raises(BankError, match=r"\(tara-a\).*dynmerge calibrate BANK --drop tara-a;"):
             edit()
     assert without(without_calibrations(bank), "bob").calibrated == ()
+
+
+def test_one_calibration_goes_and_the_others_stay() -> None:
+    bank = with_calibration(with_calibration(BANK, made()), made("core"))
+    assert without_calibration(bank, "tara-a").calibrated == ("core",)
+    with pytest.raises(BankError, match=r"no calibration for tuned \(it has: core, tara-a\)"):
+        without_calibration(bank, "tuned")

@@ -1,4 +1,6 @@
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
+from dynmerge.bank.edit import with_calibration
 from dynmerge.bank.inspection import (
     Overlap,
     PairReport,
@@ -16,7 +19,14 @@ from dynmerge.bank.inspection import (
     readable,
 )
 from tests import reference
-from tests.bank_factory import SHAPES, flat_cores, random_adapter, random_adapters, random_bank
+from tests.bank_factory import (
+    SHAPES,
+    flat_cores,
+    random_adapter,
+    random_adapters,
+    random_bank,
+    random_calibrations,
+)
 
 ADAPTERS = random_adapters()
 BANK = random_bank(ADAPTERS)
@@ -160,11 +170,37 @@ def test_modules_state_their_sizes() -> None:
 
 
 def test_the_report_is_json_and_says_all() -> None:
-    told = json.loads(REPORT.to_json())
+    told = json.loads(json.dumps(asdict(REPORT)))
     assert told["digest"] == BANK.digest
     assert [task["name"] for task in told["tasks"]] == list(BANK.names)
     assert told["pairs"][1]["A"] is None
     assert told["pairs"][0]["B"].keys() == {"measured", "chance", "excess"}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({}, (None, None, None, None)),
+        (
+            {
+                "settings": {"objective": "distil", "steps": 50},
+                "checks": [{"score": 0.4}, {"score": 0.2}, {"score": None}],
+                "kept": "learned",
+            },
+            ("distil", "learned", 0.4, 0.2),
+        ),
+        ({"scores": {"linear": 0.5, "regmean": 0.25}}, (None, None, 0.5, 0.25)),
+        ({"settings": "x", "checks": [1, {}], "scores": [], "kept": 3}, (None, "3", None, None)),
+        ({"settings": {"objective": 1}, "checks": 1, "scores": {"a": "b"}}, ("1",) + (None,) * 3),
+    ],
+)
+def test_a_calibration_is_told_with_what_its_record_has(
+    record: Mapping[str, object], expected: tuple[object, ...]
+) -> None:
+    tuned = replace(random_calibrations(BANK)[-1], record=record)
+    (told,) = inspect_bank(with_calibration(BANK, tuned)).calibrations
+    assert (told.method, told.form, told.digest) == ("tuned", "norm", tuned.digest)
+    assert (told.objective, told.kept, told.start, told.best) == expected
 
 
 def test_one_skill_has_no_pairs() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dynmerge.bank.storage import (
     add_calibration,
     check_base,
     check_target,
+    drop_calibration,
     load_bank,
     read_manifest,
     save_bank,
@@ -486,6 +488,41 @@ def test_a_calibration_added_is_a_new_version_beside_the_same_factors(folder: Pa
     assert names(folder.parent) == ["bank"]
 
 
+def test_calibrations_added_at_once_are_all_there(folder: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: add_calibration(folder, one), (TARA, FIXED)))
+    assert_learned(folder)
+
+
+def test_a_calibration_dropped_is_a_new_version_beside_the_same_factors(learned: Path) -> None:
+    factors = {path.name: path.stat() for path in learned.glob("factors-*")}
+    before = (learned / "bank.json").stat()
+    described = drop_calibration(learned, "core")
+    loaded = load_bank(learned)
+    assert (described.digest, described.base.source) == (loaded.digest, "org/base")
+    assert loaded.digest == with_calibration(BANK, TARA).digest
+    assert {path.name: path.stat() for path in learned.glob("factors-*")} == factors
+    assert (learned / "bank.json").stat().st_ino != before.st_ino  # whoever watches it notices
+    assert len(names(learned)) == 3
+    with pytest.raises(BankError, match=r"no calibration for core \(it has: tara-a\)"):
+        drop_calibration(learned, "core")
+    assert drop_calibration(learned, "tara-a").digest == BANK.digest
+    assert "calibrations" not in json.loads((learned / "bank.json").read_text())
+    with pytest.raises(BankError, match=r"no calibration for tara-a \(it has: none\)"):
+        drop_calibration(learned, "tara-a")
+    assert len(names(learned)) == 2
+    assert names(learned.parent) == ["bank"]
+
+
+def test_one_added_while_another_is_dropped_is_there(folder: Path) -> None:
+    add_calibration(folder, TARA)
+    with ThreadPoolExecutor(2) as pool:
+        dropped = pool.submit(drop_calibration, folder, "tara-a")
+        pool.submit(add_calibration, folder, FIXED).result()
+        dropped.result()
+    assert load_bank(folder).calibrated == ("core",)
+
+
 def test_a_calibration_for_other_factors_is_not_added(folder: Path) -> None:
     data = (folder / "bank.json").read_bytes()
     with pytest.raises(BankError, match="was made for the factors"):
@@ -601,7 +638,9 @@ def test_wrong_tensors_of_a_calibration_are_refused_whatever_the_checksums(
 
 
 def test_a_whole_calibration_that_the_bank_does_not_fit_is_refused(learned: Path) -> None:
-    other = Calibration("tara-a", "ratio", BANK.digest, {"layers.0.q.ratio": torch.zeros(3, 5)})
+    other = Calibration(
+        "tara-a", "ratio", BANK.coordinates_digest, {"layers.0.q.ratio": torch.zeros(3, 5)}
+    )
 
     def swap(tensors: dict[str, torch.Tensor]) -> None:
         tensors.clear()

@@ -16,6 +16,7 @@ from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
 from tests import reference
 from tests.calibration.conftest import passages
+from tests.calibration.network import RANKS, Points
 from tests.conftest import tiny_model
 
 WEIGHTS = {"ada": 0.2, "bob": 0.5, "cyd": 0.3}
@@ -92,6 +93,20 @@ def test_what_the_teacher_said_takes_no_gradient(
         loss = lesson.loss([0, 3])
     gradients = torch.autograd.grad(loss, cores)
     assert any(float(gradient.abs().max()) > 1e-3 for gradient in gradients)
+
+
+class Masked(Points):
+    """As a model that never says its last class."""
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        return super().logits(rows) - torch.tensor([0.0, 0.0, 0.0, 1e9])
+
+
+def test_a_masked_class_is_no_reason_for_nan(small: Student) -> None:
+    masked = {name: Masked(small.model, task, 4, task) for task, name in enumerate(RANKS)}
+    for task, lesson in enumerate(lessons(small, masked, "distil", 4)):
+        assert anchor(small, task, lesson) == pytest.approx(0, abs=1e-5)
+        assert lesson.mean(4) > 0
 
 
 def test_a_skill_without_examples_or_answers_is_named(

@@ -12,6 +12,7 @@ from torch import Tensor
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.plan import Plan, published
 from dynmerge.calibration.train import Training, improved
+from dynmerge.merging.maps import LINEAR
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
 from tests.calibration.network import Points
@@ -116,7 +117,7 @@ def test_a_score_that_does_not_fall_ends_it(
 def test_what_is_worse_than_the_start_is_not_kept(
     small: Student, points: Sheets, held_points: Sheets
 ) -> None:
-    start = Learned.start(small.bank, "core", "ratio")
+    start = Learned.start(small.bank, "core", "ratio", LINEAR)
     plan = replace(PLAN, method="core", rate=1e4, check=1, patience=2)
     training = Training(small, points, held_points, plan)
     best = training.run()
@@ -132,13 +133,13 @@ def test_a_score_that_is_no_number_ends_it(pupil: Student, texts: Texts, held_ou
     best = training.run()
     assert training.step == 1
     assert not improved(training.checks)
-    assert same(best, Learned.start(pupil.bank, "core", "ratio"))
+    assert same(best, Learned.start(pupil.bank, "core", "ratio", LINEAR))
 
 
 def test_a_pull_keeps_tables_near_their_start(
     small: Student, points: Sheets, held_points: Sheets
 ) -> None:
-    start = tables(Learned.start(small.bank, "core", "ratio"))
+    start = tables(Learned.start(small.bank, "core", "ratio", LINEAR))
 
     def moved(pull: float) -> float:
         plan = replace(PLAN, method="core", pull=pull, steps=6, check=6)

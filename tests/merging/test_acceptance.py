@@ -273,7 +273,7 @@ def fixed_everywhere(bank: FactorBank, method: str, value: float) -> FactorBank:
         width = len(GRANULARITIES[method].owners(group))
         for member in group.members:
             tensors[f"{bank.modules[member].name}.fixed"] = torch.full((width,), value)
-    return with_calibration(bank, Calibration(method, "fixed", bank.factors_digest, tensors))
+    return with_calibration(bank, Calibration(method, "fixed", bank.coordinates_digest, tensors))
 
 
 @pytest.mark.parametrize("method", ["adamerging", "tara-a", "tara-b"])

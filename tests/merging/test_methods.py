@@ -264,7 +264,7 @@ def test_two_different_adapters_at_plus_and_minus_one_leave_no_cross_terms() -> 
 
 # What 0.3 of one skill and 0.7 of another make of a layer that only the first has.
 TWO: Mapping[str, float] = {"ada": 0.7, "cyd": 0.3}
-LEARNED = {"ratio": BANK.calibration("adamerging").tensors["layers.1.up.ratio"]}
+LEARNED = BANK.calibration("adamerging").of("layers.1.up")
 OF_TWO: Mapping[str, float] = {
     "linear": 0.3,
     "dare-linear": 0.3,

@@ -238,6 +238,8 @@ def test_files_are_read_into_rows(tmp_path: Path) -> None:
     assert rows[1].place == f"{path}:3"
     (tmp_path / "a.txt").write_text("one text\r\n\nanother\u2028text\n")
     assert read_texts(tmp_path / "a.txt") == [Row(text="one text"), Row(text="another\u2028text")]
+    (tmp_path / "b.txt").write_text("marked", encoding="utf-8-sig")
+    assert read_texts(tmp_path / "b.txt") == [Row(text="marked")]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,7 @@ def test_files_are_read_into_rows(tmp_path: Path) -> None:
         ({"text": "t", "answer": "a"}, "a.jsonl:3: answer belongs to a prompt"),
         ({"prompt": 3}, "a.jsonl:3: prompt is not a text"),
         ({"prompt": "p", "answer": ""}, "a.jsonl:3: answer is not a text with something in it"),
+        ({"prompt": "p\ud83d"}, "a.jsonl:3: prompt has half a surrogate pair"),
     ],
 )
 def test_errors_name_file_line_and_key(tmp_path: Path, line: object, reason: str) -> None:
@@ -308,6 +311,28 @@ def test_sampled_answers_are_the_skill_s_own_and_come_again_by_seed(
         sample_answers(student, tokenizer, "ada", [Row(text="mix")])
 
 
+def test_sampled_answers_fit_behind_their_prompts(
+    student: Student, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert isinstance(student.model, PreTrainedModel)
+    frame = len(Turns(tokenizer).prompt(""))
+    rows = [Row(prompt="x" * (500 - frame + n)) for n in range(5)]
+    answers = Answers(student.model, tokenizer, sample_answers(student, tokenizer, "ada", rows))
+    assert max(answers.lengths()) <= 511
+    with pytest.raises(ExamplesError, match=r"row 1 is 6.. tokens; at most 512 are taken, with"):
+        sample_answers(student, tokenizer, "ada", [Row(prompt="x" * 600, place="row 1")])
+
+
+def test_a_skill_whose_predictions_are_no_numbers_cannot_speak(
+    student: Student, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    weight = student.model.get_submodule("lm_head").weight
+    assert isinstance(weight, Tensor)
+    weight.fill_(float("nan"))
+    with pytest.raises(ExamplesError, match="the skill 'ada' predicts NaN"):
+        sample_texts(student, tokenizer, "ada", 2)
+
+
 def test_answers_are_drawn_from_the_skill_s_own_distribution(
     student: Student, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -341,3 +366,5 @@ def test_texts_come_from_the_skills_alone(
     texts = sample_texts(student, plain, "ada", 5, seed=1, max_tokens=20)
     assert len(texts) == 5
     assert all(row.text and row.prompt is None for row in texts)
+    short = sample_texts(student, plain, "ada", 20, seed=1, max_tokens=2)
+    assert len(Texts(student.model, plain, short)) == 20

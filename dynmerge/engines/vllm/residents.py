@@ -15,6 +15,7 @@ from dynmerge.engines.vllm.layer import Layer
 from dynmerge.engines.vllm.slots import Rows
 from dynmerge.engines.vllm.tables import CorePart, DiagonalPart, Expand, OwnPart, Part
 from dynmerge.errors import BankError
+from dynmerge.merging.carried import check_calibrations
 from dynmerge.merging.diagonal import Diagonal
 from dynmerge.merging.merge import Merge, Merger
 from dynmerge.recipe import Recipe
@@ -61,8 +62,13 @@ class ResidentBank:
         self.status: dict[tuple[Form, int], Status] = {}  # of the merges that were prepared
 
     def load(self, bank: FactorBank) -> None:
-        """Write a bank's factors. Raises BankError where they do not fit."""
+        """Write a bank's factors.
+
+        Raises BankError, with nothing written, where they do not fit or its calibrations do not
+        hold what their methods read.
+        """
         check_fit(bank, self.layers, self.widths)
+        check_calibrations(bank)
         modules = {module.name: module for module in bank.modules}
         for layer, widths in zip(self.layers, self.widths, strict=True):
             self._write(layer, [modules.get(name or "") for name in layer.modules], widths)

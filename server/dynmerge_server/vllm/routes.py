@@ -76,6 +76,8 @@ async def show_bank(request: Request) -> Response:
             "digest": versions.outline.digest,
             "base": versions.outline.base.name,
             "skills": versions.outline.names,
+            "calibrations": versions.outline.calibrated,
+            "default_method": str(versions.served.preferences.default_method),
             "switching": versions.switching,
             "failure": versions.failure,
             "workers": workers,

@@ -1,10 +1,8 @@
 """Skills: put one into the bank that is served, or take one out, from adapters under one folder."""
 
 import asyncio
-import fcntl
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dynmerge.adapters.base_model import BaseModel
@@ -12,7 +10,7 @@ from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.edit import with_adapter, without
 from dynmerge.bank.outline import Outline
-from dynmerge.bank.storage import check_base, load_bank, read_manifest, save_bank
+from dynmerge.bank.storage import check_base, load_bank, locked, read_manifest, save_bank
 from dynmerge.errors import AdapterError, BankError, ConfigError, RequestError, UnknownModel
 from dynmerge_server.vllm.versions import Versions
 
@@ -67,7 +65,7 @@ class Skills:
 
     def _replace(self, edited: Callable[[FactorBank], FactorBank]) -> None:
         folder = self._versions.folder
-        with _alone(folder):
+        with locked(folder):
             source = read_manifest(folder).base.source
             bank = load_bank(folder)
             try:
@@ -89,14 +87,3 @@ class Skills:
             if not each.resolve().is_relative_to(root):
                 raise AdapterError(f"{each.name} in lora_path is a link that leads out")
         return folder
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other API process edits the bank meanwhile: the later one would undo the earlier."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -1,7 +1,7 @@
 """A row of a resident bank holds the merge that was written to it, in every form."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dynmerge.bank.bank import FactorBank
+from dynmerge.bank.edit import with_calibration
 from dynmerge.engines.vllm.config import Slots
 from dynmerge.engines.vllm.forms import Form, form_of
 from dynmerge.engines.vllm.layer import Layer
@@ -189,6 +190,16 @@ def test_a_bank_of_more_ranks_than_were_set_aside_is_refused_and_changes_nothing
         made.load(larger)
     assert_holds(made, 0, held)
     check_fit(larger, layers(), widths_of(BANK, layers(), SLOTS.own_rank, 1))
+
+
+def test_a_calibration_that_nobody_can_read_is_refused_and_changes_nothing() -> None:
+    made = resident()
+    held = write(made, 0, ONE, "linear")
+    odd = replace(BANK.calibration("tara-a"), form="spline")
+    with pytest.raises(BankError, match="tara-a is of form 'spline'"):
+        made.load(with_calibration(BANK, odd))
+    assert made.digest == BANK.digest
+    assert_holds(made, 0, held)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "ties;space=full"])

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
-from dynmerge.bank.storage import load_bank, save_bank
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.storage import add_calibration, drop_calibration, load_bank, save_bank
 from dynmerge_server.vllm.skills import Skills
 from dynmerge_server.vllm.state import Door
 from tests.server.vllm.stand_ins import EchoServer
@@ -95,6 +97,20 @@ async def test_what_cannot_be_loaded_changes_nothing(
     assert says in reply.json()["error"]["message"]
     assert str(root) not in reply.text
     assert (bank_folder / "bank.json").read_bytes() == before
+
+
+async def test_a_calibrated_bank_says_how_its_skills_can_change_again(
+    client: httpx.AsyncClient, bank_folder: Path
+) -> None:
+    digest = load_bank(bank_folder).coordinates_digest
+    tensors = {".p": torch.tensor(4.0)}
+    add_calibration(bank_folder, Calibration("tuned", "norm", digest, tensors))
+    body = {"lora_name": "dee", "lora_path": "dee"}
+    reply = await client.post(LOAD, json=body)
+    assert reply.status_code == 400
+    assert "dynmerge calibrate BANK --drop tuned" in reply.json()["error"]["message"]
+    drop_calibration(bank_folder, "tuned")
+    assert (await client.post(LOAD, json=body)).status_code == 200
 
 
 @pytest.mark.parametrize(("name", "status"), [("eve", 404), ("bob", 400)])

@@ -8,10 +8,15 @@ import pytest
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.bank.edit import with_adapter, without
-from dynmerge.bank.storage import load_bank, save_bank
+from dynmerge.bank.storage import add_calibration, load_bank, save_bank
 from dynmerge_server.vllm import versions as module
 from dynmerge_server.vllm.state import Door
-from tests.bank_factory import random_adapter, random_adapters, random_bank
+from tests.bank_factory import (
+    random_adapter,
+    random_adapters,
+    random_bank,
+    random_calibrations,
+)
 from tests.server.vllm.stand_ins import EchoClient, EchoServer
 
 PATH = "/v1/completions"
@@ -44,6 +49,16 @@ async def test_a_reload_serves_the_bank_on_disk_once_the_workers_have_it(
     before = vllm.count("dynmerge_load")
     assert (await client.post("/v1/bank/reload")).status_code == 200
     assert vllm.count("dynmerge_load") == before
+
+
+async def test_what_a_bank_carries_and_serves_by_default_is_shown(
+    client: httpx.AsyncClient, bank_folder: Path
+) -> None:
+    shown = (await client.get("/v1/bank")).json()
+    assert (shown["calibrations"], shown["default_method"]) == ([], "linear;p=1;scale=1")
+    add_calibration(bank_folder, random_calibrations(random_bank())[-1])
+    shown = (await client.post("/v1/bank/reload")).json()
+    assert (shown["calibrations"], shown["default_method"]) == (["tuned"], "tuned;scale=1")
 
 
 async def test_a_request_in_flight_keeps_its_version(
