@@ -127,6 +127,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise BankError where the bank in `folder` cannot be edited: worth asking before long work.
+
+    A new version is made beside the folder.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    for place in (folder, folder.parent):
+        if not os.access(place, os.W_OK):
+            raise BankError(f"cannot write to the bank {folder}: {place} is not writable")
+
+
 def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:
     """Read and verify the bank in `folder`. Raises BankError naming what is wrong and where."""
     folder = Path(folder)

@@ -1,5 +1,6 @@
 """Judge: the held-out score that guards a calibration: how far merges are from the skills alone."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,11 +9,11 @@ from torch import Tensor
 
 from dynmerge.calibration import draws
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.teachers import Lesson, anchor, lessons
+from dynmerge.calibration.teachers import Lesson, anchor, floored, lessons
+from dynmerge.errors import CalibrationError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
-LEAST_GAP = 1e-3  # in nats: what a skill that changes nothing is divided by
 BATCH = 64
 
 
@@ -43,7 +44,13 @@ class Judge:
         found = lessons(student, held_out, measure, BATCH)
         anchors = [anchor(student, task, lesson) for task, lesson in enumerate(found)]
         base = [lesson.mean(BATCH) for lesson in found]
-        scales = [max(abs(gap - z), LEAST_GAP) for gap, z in zip(base, anchors, strict=True)]
+        for name, measured in zip(student.bank.names, zip(base, anchors, strict=True), strict=True):
+            if not all(map(math.isfinite, measured)):
+                raise CalibrationError(
+                    f"on the held-out texts of {name!r} the base model or the skill predicts NaN:"
+                    " nothing can be measured"
+                )
+        scales = floored([gap - z for gap, z in zip(base, anchors, strict=True)])
         generator = torch.Generator().manual_seed(0)
         others = [draws.preference(len(found), generator) for _ in range(8)]
         middle = draws.centre(len(found))

@@ -18,6 +18,7 @@ from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
+LEAST_SHARE, LEAST_GAP = 0.1, 1e-6  # of the mean gap; in nats, where no skill loses anything
 PREDICTIONS = 512  # at once: each is as long as the vocabulary
 LEAST = -6e4  # of a masked token, say: half precision makes -inf of less, and 0 * inf is NaN
 
@@ -33,6 +34,8 @@ class Lesson:
 
     examples: Examples
     measure: Callable[[Sequence[int], Tensor], Tensor]  # rows, logits (n, classes) -> (n,)
+    # z: the least it can be. None: what the adapter alone reaches, which for entropy is no bound.
+    ideal: float | None = 0.0
 
     def loss(self, rows: Sequence[int]) -> Tensor:
         """The mean over the predictions of these rows, under what the student carries."""
@@ -70,8 +73,23 @@ def batches(examples: Examples, batch: int) -> Iterator[list[int]]:
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
+def floored(gaps: Sequence[float]) -> list[float]:
+    """What gaps are divided by: their sizes, none below a share of their mean.
+
+    A skill that loses next to nothing would count without bounds.
+    """
+    sizes = [abs(gap) for gap in gaps]
+    least = max(LEAST_SHARE * sum(sizes) / len(sizes), LEAST_GAP)
+    return [max(size, least) for size in sizes]
+
+
 def anchor(student: Student, task: int, lesson: Lesson, batch: int = 64) -> float:
-    """z_i: the measure under adapter i alone."""
+    """z_i: the measure's ideal, or what it is under adapter i alone.
+
+    Cross-entropy has none but 0: an adapter that is too sure has more of it than a merge.
+    """
+    if lesson.ideal is not None:
+        return lesson.ideal
     with student.under(alone(student.bank, task)):
         return lesson.mean(batch)
 
@@ -80,7 +98,7 @@ def _lesson(
     student: Student, task: int, examples: Examples, objective: Objective, batch: int
 ) -> Lesson:
     if objective == "entropy":
-        return Lesson(examples, lambda rows, logits: entropy(logits))
+        return Lesson(examples, lambda rows, logits: entropy(logits), ideal=None)
     if objective == "labels":
 
         def against_labels(rows: Sequence[int], logits: Tensor) -> Tensor:

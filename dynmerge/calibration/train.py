@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration import draws
-from dynmerge.calibration.judge import LEAST_GAP, Judge
+from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned, weighted
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import UNITS, Plan
-from dynmerge.calibration.teachers import anchor, lessons
+from dynmerge.calibration.teachers import anchor, floored, lessons
+from dynmerge.errors import CalibrationError
 from dynmerge.merging.maps import FORMS
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
@@ -104,7 +105,18 @@ class Training:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, which a training of the same plan, bank and texts had."""
+        """Go on from `state`, which a training of the same plan, bank and texts had.
+
+        Raises CalibrationError for what is none such: another version may have written it.
+        """
+        try:
+            self._restore(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"what was kept of this training does not fit it ({error!r}): start afresh (--again)"
+            ) from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
         self.checks = [Check(**check) for check in state["checks"]]
         self._generator.set_state(state["generator"])
@@ -113,7 +125,11 @@ class Training:
         self.best = self.best.holding(state["best"])
         held = self.learned.holding(state["learned"])
         with torch.no_grad():
-            for table, (_, value) in zip(self._tables, held.parameters(), strict=True):
+            for table, (_, value), (_, best) in zip(
+                self._tables, held.parameters(), self.best.parameters(), strict=True
+            ):
+                if not table.shape == value.shape == best.shape:
+                    raise ValueError("tables of other shapes")
                 table.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -170,10 +186,12 @@ class Training:
         at = self.plan.at
         rho = draws.centre(len(self._lessons)) if at is None else torch.tensor(at)
         with torch.no_grad(), self._student.under(self.learned.cores(rho)):
-            return [
-                max(abs(lesson.mean(64) - z), LEAST_GAP)
-                for lesson, z in zip(self._lessons, self._anchors, strict=True)
-            ]
+            return floored(
+                [
+                    lesson.mean(64) - z
+                    for lesson, z in zip(self._lessons, self._anchors, strict=True)
+                ]
+            )
 
 
 def best_score(checks: Sequence[Check]) -> float:

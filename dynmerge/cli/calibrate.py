@@ -6,7 +6,9 @@ until it ends.
 """
 
 import hashlib
+import io
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ import torch
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.storage import add_calibration, drop_calibration, load_bank
+from dynmerge.bank.storage import add_calibration, check_writable, drop_calibration, load_bank
 from dynmerge.calibration.calibrate import calibrate
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Training
@@ -30,7 +32,7 @@ from dynmerge.errors import BankError, ConfigError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 from dynmerge.texts.language import examples_of
-from dynmerge.texts.rows import Row, read_texts
+from dynmerge.texts.rows import Row, check_alike, read_texts
 from dynmerge.texts.sampled import sample_answers, sample_texts
 
 STATE = "state.pt"
@@ -61,6 +63,7 @@ def run(folder: Path, wanted: Wanted) -> None:
     _check_known(bank, wanted.labels, "--labels")
     plan = wanted.asked.plan(bank)
     files = _read(bank, wanted)
+    check_writable(folder)
     student, loaded = open_student(folder, bank, wanted.base)
     with progress_bar() as start:
         texts, held_out = _examples(student, loaded, wanted, files, start("reading texts"))
@@ -125,6 +128,7 @@ def _read(bank: FactorBank, wanted: Wanted) -> _Files:
         {name: read_texts(path) for name, path in wanted.held_out.items()},
     )
     for rows in (*files.texts.values(), *files.held_out.values()):
+        check_alike(rows)
         for row in rows:
             if labelled and row.prompt is not None and row.answer is None:
                 raise ConfigError(f"{row.place} has no answer, which --objective labels needs")
@@ -194,9 +198,9 @@ class _StateFolder:
     def read(self) -> Mapping[str, Any] | None:
         """The state that is there, if any."""
         path = self.folder / STATE
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             state: Mapping[str, Any] = torch.load(path, weights_only=True)
         except DAMAGED as error:
             raise BankError(f"{path} cannot be read ({error}): --again starts afresh") from error
@@ -204,12 +208,16 @@ class _StateFolder:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the state; what is killed half-way leaves the old one."""
-        partial = self.folder / f"{STATE}.partial"
+        content = io.BytesIO()  # torch.save hides what a disk says
+        torch.save(dict(state), content)
+        # Of two that learn the same at once, each has its own.
+        partial = self.folder / f"{STATE}.{os.getpid()}.partial"
         try:
             self.folder.mkdir(exist_ok=True)
-            torch.save(dict(state), partial)
+            partial.write_bytes(content.getbuffer())
             partial.replace(self.folder / STATE)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise BankError(f"cannot keep the training's state: {error}") from error
 
     def clear(self) -> None:

@@ -67,7 +67,12 @@ def check_preference(
     total = sum(map(abs, vector))
     if at is None or not total:
         return
-    if any(abs(abs(w) / total - a) > GRID_STEP for w, a in zip(vector, at, strict=True)):
+    # Beside `base` the weights are small, and a thousandth of them is much of their shares.
+    within = GRID_STEP * max(total, 1)
+    if any(
+        abs(abs(w) - a * total) > within or (not w and a > GRID_STEP)
+        for w, a in zip(vector, at, strict=True)
+    ):
         only = ", ".join(f"{name}={a:.3g}" for name, a in zip(bank.names, at, strict=True) if a)
         raise MethodError(
             f"{source}: {merger} is calibrated for one preference in this bank, {only}", source

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynmerge.errors import ExamplesError
 from dynmerge.texts.passages import Passage, Passages
-from dynmerge.texts.rows import Row, read_texts
+from dynmerge.texts.rows import Row, check_alike, read_texts
 from dynmerge.texts.turns import Turns
 
 MAX_TOKENS = 512
@@ -124,15 +124,13 @@ def examples_of(
     max_tokens: int = MAX_TOKENS,
 ) -> Passages:
     """Texts, choices where there are labels, or else answers. Raises ExamplesError if mixed."""
-    texts = [row for row in _some(rows) if row.text is not None]
-    if not texts:
+    check_alike(_some(rows))
+    if rows[0].text is None:
         if labels is None:
             return Answers(model, tokenizer, rows, max_tokens)
         return Choices(model, tokenizer, rows, labels, max_tokens)
-    if len(texts) < len(rows):
-        raise ExamplesError(f"{texts[0].place} is a text, and other rows are prompts")
     if labels is not None:
-        raise ExamplesError(f"{texts[0].place} is a text; labels answer prompts")
+        raise ExamplesError(f"{rows[0].place} is a text; labels answer prompts")
     return Texts(model, tokenizer, rows, max_tokens)
 
 

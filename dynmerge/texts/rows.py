@@ -1,7 +1,7 @@
 """Row: a prompt with or without its answer, or a text, and the files that hold them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,13 @@ def read_texts(path: Path) -> list[Row]:
     if not rows:
         raise ExamplesError(f"{path} has no rows")
     return rows
+
+
+def check_alike(rows: Sequence[Row]) -> None:
+    """Raise ExamplesError where some are texts and others are prompts."""
+    texts = [row for row in rows if row.text is not None]
+    if 0 < len(texts) < len(rows):
+        raise ExamplesError(f"{texts[0].place} is a text, and other rows are prompts")
 
 
 def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:

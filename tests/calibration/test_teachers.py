@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.teachers import PREDICTIONS, alone, anchor, batches, lessons
+from dynmerge.calibration.teachers import PREDICTIONS, alone, anchor, batches, floored, lessons
 from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
@@ -137,3 +137,17 @@ class Long:
 def test_many_predictions_make_small_batches() -> None:
     found = list(batches(Long(), 4))  # type: ignore[arg-type]
     assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+def test_a_skill_that_loses_next_to_nothing_does_not_count_without_bounds() -> None:
+    assert floored([0.3, -0.1, 0.2]) == [0.3, 0.1, 0.2]
+    assert floored([0.3, 1e-9, 0.3]) == pytest.approx([0.3, 0.02, 0.3])
+    assert min(floored([0.0, 0.0])) > 0
+
+
+@pytest.mark.parametrize("objective", ["distil", "labels"])
+def test_at_best_they_are_nought_however_sure_an_adapter_is(
+    objective: Objective, pupil: Student, texts: dict[str, Passages]
+) -> None:
+    made = lessons(pupil, texts, objective, 4)
+    assert [anchor(pupil, task, lesson) for task, lesson in enumerate(made)] == [0, 0, 0]
