@@ -1,6 +1,9 @@
 """`dynmerge calibrate`, end to end on the tiny bank."""
 
+import io
 import json
+import os
+import resource
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +19,7 @@ from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import add_calibration, load_bank, read_manifest
 from dynmerge.cli import main
 from dynmerge.cli.calibrate import STATE, _StateFolder
-from dynmerge.errors import MethodError
+from dynmerge.errors import BankError, MethodError
 from dynmerge.merging.choice import default_method, parse_method
 from dynmerge.merging.merge import merge
 from dynmerge.offer import Offer
@@ -175,6 +178,44 @@ def test_closed_forms_train_nothing(run: Run, bank: Path, tmp_path: Path) -> Non
         assert_close(mine, own, atol=1e-5, rtol=1e-5)
 
 
+def test_where_nothing_can_be_written_it_says_so_first(
+    run: Run, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != built.parent)
+    code, _, err = run(built, "-m", "tuned", "--base=/none")
+    assert code == 2
+    assert f"{built.parent} is not writable" in err
+
+
+def test_a_disk_without_room_for_the_state_is_an_error_of_one_line(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(BankError, match=r"cannot keep the training's state: .*too large"):
+            _StateFolder(tmp_path / "state").write({"tables": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_of_a_training_that_is_no_better_than_linear_nothing_stays(
+    run: Run, built: Path, bank: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynmerge.calibration.calibrate.best_score", lambda checks: float("inf"))
+    code, _, err = run(bank, "-m", "tara-a", *texts, "--steps=1")
+    assert code == 2
+    assert "no better than linear's" in err
+    assert load_bank(bank).digest == load_bank(built).digest
+    assert [path.name for path in bank.parent.glob(".*")] == []
+
+
+def saved(content: object) -> bytes:
+    """As torch keeps it."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 class Killed(BaseException):
     """As a signal: nothing catches it."""
 
@@ -199,10 +240,11 @@ def test_what_was_stopped_half_way_goes_on(
     other = Path(shutil.copytree(bank, bank.parent / "other" / "bank"))
     shutil.copytree(folder, other.with_name(folder.name))
 
-    (folder / STATE).write_bytes(b"no state")
-    code, _, err = run(bank, *words)
-    assert code == 2
-    assert "--again starts afresh" in err
+    for content in (b"no state", saved({}), saved({"step": 25, "checks": [{"when": 25}]})):
+        (folder / STATE).write_bytes(content)
+        code, _, err = run(bank, *words)
+        assert code == 2
+        assert "--again starts afresh" in err
     code, _, _ = run(bank, *words, "--again")
     assert code == 0
     assert written == [25, 25, 26]
@@ -237,6 +279,9 @@ def test_what_was_stopped_half_way_goes_on(
         (["-m", "regmean", "--rate=1"], "--rate is not for regmean, which trains nothing"),
         (["-m", "tuned", "--form=ratio"], "--form is not for tuned"),
         (["-m", "tuned", "--objective=entropy"], "tuned is chosen by the held-out score"),
+        (["-m", "core", "--seed=18446744073709551616"], "Invalid value for '--seed'"),
+        (["-m", "core", "--mu=inf"], "Invalid value for '--mu'"),
+        (["-m", "core", "--pull=inf"], "Invalid value for '--pull'"),
         (["-m", "core", "--published"], "--published is for adamerging, tara-a, tara-b; not"),
         (["-m", "tara-a", "--published", "--objective=distil"], "--published is --objective"),
         (["-m", "tara-a", "--published", "--form=ratio"], "--published is --form fixed; ratio is"),
@@ -264,6 +309,13 @@ def test_a_wrong_wish_is_named_before_the_model_is_loaded(
         ),
         ("cyd.txt", "\n", [], "cyd.txt has no rows"),
         ("cyd.csv", "a", [], "cyd.csv is neither .jsonl nor .txt"),
+        # Every fourth row is held out: apart, each part would be of one kind.
+        (
+            "ada.jsonl",
+            '{"text": "a mix"}\n' + '{"prompt": "mix", "answer": "a"}\n' * 3,
+            [],
+            "ada.jsonl:1 is a text, and other rows are prompts",
+        ),
     ],
 )
 def test_wrong_texts_are_named(

@@ -1,6 +1,7 @@
 """`dynmerge evaluate`, end to end on the tiny bank."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,12 @@ def test_by_default_what_the_bank_serves_at_the_corners_and_in_the_middle(
         ("ada: ada.jsonl", "ada: "),
         ("{}", "names no skill"),
         ("ada: [", "is not YAML"),
+        ("[" * 5000, "is not YAML: maximum recursion"),
+        ("ada: {file: 2024-13-45}", "is not YAML: month must be in"),
+        ("ada: {file: ada.jsonl}\nada: {file: bob.jsonl}", "is not YAML: ada stands there twice"),
+        ('ada: {file: "a\\0b.jsonl"}', "cannot be read: embedded null byte"),
+        ("ada: {file: ~nobody-here/a.jsonl}", "tasks.yaml: Could not determine home"),
+        ("ada: {file: ada.jsonl, limit: yes}", "ada.limit: Input should be a valid integer"),
     ],
 )
 def test_a_wrong_task_is_named(
@@ -153,11 +160,16 @@ def test_a_wrong_wish_is_named_before_the_model_is_loaded(
 
 
 def test_a_folder_that_cannot_be_is_refused(
-    run: Run, bank: Path, tasks: Path, tmp_path: Path
+    run: Run, bank: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run("evaluate", bank, tasks, "-o", tasks)
     assert code == 2
     assert "tasks.yaml cannot be a folder" in err
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+        code, _, err = run("evaluate", bank, tasks, "-o", tmp_path / "out", "--base", "/none")
+    assert code == 2
+    assert "cannot write into" in err
     code, _, err = run("evaluate", bank, tmp_path / "none.yaml", "-o", tmp_path / "out")
     assert code == 2
     assert "none.yaml cannot be read" in err

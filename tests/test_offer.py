@@ -85,8 +85,11 @@ def test_what_was_found_for_one_preference_serves_no_other() -> None:
     for same in ("ada=2, bob=1, cyd=1", "ada=1, bob=-0.5, cyd=0.5;raw", "base=1"):
         offer.recipe(Preference.parse(same, allow_negative=True), method)
     offer.recipe(Preference.parse("ada=0.5, bob=0.251, cyd=0.249"), method)
+    # On the grid ada=0.033, bob=0.017, cyd=0.017: what a fifteenth of it comes nearest to.
+    offer.recipe(Preference.parse("ada=2, bob=1, cyd=1, base=56"), method)
     only = "calibrated for one preference in this bank, ada=0.5, bob=0.25, cyd=0.25$"
-    for other in ("ada", "ada, bob, cyd", "ada=0.502, bob=0.249, cyd=0.249"):
+    others = ("ada", "ada, bob, cyd", "ada=0.502, bob=0.249, cyd=0.249", "ada=0.001, base=0.999")
+    for other in others:
         with pytest.raises(MethodError, match=f"^body: tara-a is {only}"):
             offer.recipe(Preference.parse(other), method, method_source="body")
 

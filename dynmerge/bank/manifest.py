@@ -168,6 +168,9 @@ class Manifest(Entry):
                 )
             if module.soup is not None and len(module.soup) != len(self.tasks):
                 raise ValueError(f"{module.name} has {len(module.soup)} soup weights")
+        for entry in self.calibrations:
+            if entry.at is not None and len(entry.at) != len(self.tasks):
+                raise ValueError(f"the calibration for {entry.method} is at {len(entry.at)} shares")
         found = distinct_ranks([module.ranks for module in self.modules])
         for task, ranks in zip(self.tasks, found, strict=True):
             if task.ranks != ranks:

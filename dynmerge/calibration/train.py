@@ -113,7 +113,7 @@ class Training:
             self._restore(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CalibrationError(
-                f"what was kept of this training does not fit it ({error!r}): start afresh (--again)"
+                f"what was kept of this training does not fit it ({error!r}): --again starts afresh"
             ) from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -48,6 +48,8 @@ class Form(str, Enum):
     gauss_newton = "gauss-newton"
 
 
+MAX_SEED = 2**63 - 1  # torch takes twice that
+
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
 
 
@@ -295,11 +297,13 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of each skill a step.")] = None,
     rate: Annotated[float | None, typer.Option(min=0, max=1e3, help="The step size.")] = None,
-    mu: Annotated[float | None, typer.Option(min=1e-6, help="Smooth Tchebycheff's.")] = None,
-    pull: Annotated[
-        float | None, typer.Option(min=0, help="Of what is learned towards its start.")
+    mu: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Smooth Tchebycheff's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    pull: Annotated[
+        float | None, typer.Option(min=0, max=1e6, help="Of what is learned towards its start.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all that is drawn.")] = 0,
     samples: Annotated[
         int, typer.Option(min=8, help="How many texts a skill without a file makes up.")
     ] = 128,
@@ -380,7 +384,9 @@ def evaluate(
             " skills). Repeat it. By default uniform and corners.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=100, help="Resamplings for the intervals.")] = 2000,
+    samples: Annotated[
+        int, typer.Option(min=100, max=100_000, help="Resamplings for the intervals.")
+    ] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamplings.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Examples that run at once.")] = 16,
     base: Annotated[

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pydantic
@@ -14,7 +14,7 @@ from dynmerge.adapters.gate import CONFIG
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank, check_names, with_soups
 from dynmerge.bank.manifest import Manifest
-from dynmerge.bank.storage import check_target, save_bank
+from dynmerge.bank.storage import check_target, locked, save_bank
 from dynmerge.cli.console import Step, line, progress_bar, table
 from dynmerge.errors import AdapterError, BankError
 
@@ -50,7 +50,8 @@ def run(
         )
         if weights is not None:
             bank = with_soups(bank, weights)
-        written = save_bank(bank, output, source=_lasting(base), replace=replace)
+        with locked(output) if output.is_dir() else nullcontext():
+            written = save_bank(bank, output, source=_lasting(base), replace=replace)
     _say(written)
     line(str(output))
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from dynmerge.cli.asked import Asked
 from dynmerge.cli.console import Step, line, progress_bar, table
 from dynmerge.cli.student import open_student
 from dynmerge.engines.transformers.model import LoadedModel
-from dynmerge.errors import BankError, ConfigError
+from dynmerge.errors import BankError, CalibrationError, ConfigError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 from dynmerge.texts.language import examples_of
@@ -72,7 +73,12 @@ def run(folder: Path, wanted: Wanted) -> None:
             kept.clear()
         step = start("calibrating")
         report = _Reporter(kept, step)
-        found = calibrate(student, texts, held_out, plan, report, kept.read(), step)
+        try:
+            found = calibrate(student, texts, held_out, plan, report, kept.read(), step)
+        except CalibrationError:
+            if report.ended:  # and is no better than `linear`: nothing to go on from
+                kept.clear()
+            raise
     student.close()
     written = add_calibration(folder, found)
     kept.clear()
@@ -217,7 +223,8 @@ class _StateFolder:
             partial.write_bytes(content.getbuffer())
             partial.replace(self.folder / STATE)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             raise BankError(f"cannot keep the training's state: {error}") from error
 
     def clear(self) -> None:
@@ -230,10 +237,12 @@ class _Reporter:
 
     def __init__(self, kept: _StateFolder, step: Step) -> None:
         self._kept, self._step = kept, step
+        self.ended = False
 
     def __call__(self, training: Training) -> None:
         self._kept.write(training.state())
         self._step(training.step, training.plan.steps)
+        self.ended = training.done
 
 
 def _say(found: Calibration, digest: str) -> None:

@@ -1,5 +1,6 @@
 """`dynmerge evaluate`: every skill's accuracy under methods and preferences, with intervals."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def _check_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{output} cannot be a folder: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise ConfigError(f"cannot write into {output}: it is not writable")
 
 
 def _examples(loaded: LoadedModel, task: Task) -> Passages:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -18,16 +19,31 @@ class Task(BaseModel):
 
     file: Path
     labels: list[str] | None = Field(default=None, min_length=2)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, strict=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset; a key that stands there twice is an error, not the last of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader."""
+        words = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for word in words:
+            if words.count(word) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{word} stands there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def read_tasks(path: Path) -> dict[str, Task]:
     """Skill -> its task. Raises ConfigError naming the file and the key."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    # The last two of dates that are none, and of what is nested without end.
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {reason}") from None
     try:
@@ -36,7 +52,10 @@ def read_tasks(path: Path) -> dict[str, Task]:
         raise ConfigError(f"{path}: {_explained(error)}") from None
     if not tasks:
         raise ConfigError(f"{path} names no skill")
-    return {skill: _placed(task, path.parent) for skill, task in tasks.items()}
+    try:
+        return {skill: _placed(task, path.parent) for skill, task in tasks.items()}
+    except RuntimeError as error:  # ~USER, where there is no such user
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _placed(task: Task, folder: Path) -> Task:

@@ -15,6 +15,7 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.draws import alike
 from dynmerge.calibration.plan import Objective
 from dynmerge.calibration.teachers import Lesson, lessons
+from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
@@ -56,12 +57,15 @@ def measure_sensitivity(
     """The report, with `examples` for every skill of the bank.
 
     `progress(done, total)` is called after each batch. Raises ExamplesError on a skill
-    without examples, and on unlabelled ones where the objective is `labels`.
+    without examples, on unlabelled ones where the objective is `labels`, and on NaN.
     """
     bank = student.bank
     equal = torch.full((len(bank.tasks),), 1 / len(bank.tasks))
     taught = lessons(student, examples, objective, batch)
     values, J = jacobian(student, taught, linear_point(bank, equal), batch=batch, progress=progress)
+    for name, row in zip(bank.names, J, strict=True):
+        if not row.isfinite().all():
+            raise ExamplesError(f"on the texts of {name!r} equal shares predict NaN")
     widths = [sum(module.ranks) for module in bank.modules]
     preferences = torch.cat([torch.eye(len(bank.tasks)), equal[None]]).to(J)
     return Sensitivity(

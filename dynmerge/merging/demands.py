@@ -70,7 +70,7 @@ def check_preference(
     # Beside `base` the weights are small, and a thousandth of them is much of their shares.
     within = GRID_STEP * max(total, 1)
     if any(
-        abs(abs(w) - a * total) > within or (not w and a > GRID_STEP)
+        abs(abs(w) - a * total) > within or (not w and a > GRID_STEP) or (w and not a)
         for w, a in zip(vector, at, strict=True)
     ):
         only = ", ".join(f"{name}={a:.3g}" for name, a in zip(bank.names, at, strict=True) if a)

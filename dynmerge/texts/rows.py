@@ -36,6 +36,8 @@ def read_texts(path: Path) -> list[Row]:
         raise ExamplesError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path} is not UTF-8: {error.reason}") from error
+    except ValueError as error:  # a path with a zero byte
+        raise ExamplesError(f"{str(path)!r} cannot be read: {error}") from error
     reader = READERS.get(path.suffix)
     if reader is None:
         raise ExamplesError(f"{path} is neither .jsonl nor .txt")

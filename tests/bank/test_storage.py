@@ -442,6 +442,12 @@ def learned(tmp_path: Path) -> Path:
     return tmp_path / "bank"
 
 
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes where a factor file is written; not the time it was last read."""
+    stats = {path.name: path.stat() for path in folder.glob("factors-*")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 def assert_learned(folder: Path) -> None:
     loaded = load_bank(folder)
     assert (loaded.digest, loaded.calibrated) == (LEARNED.digest, ("core", "tara-a"))
@@ -469,14 +475,14 @@ def test_a_bank_without_calibrations_is_described_as_before_there_were_any(folde
 
 
 def test_a_calibration_added_is_a_new_version_beside_the_same_factors(folder: Path) -> None:
-    factors = {path.name: path.stat() for path in folder.glob("factors-*")}
+    factors = stamps(folder)
     before = (folder / "bank.json").stat()
     add_calibration(folder, TARA)
     described = add_calibration(folder, FIXED)
     assert described.digest == LEARNED.digest
     assert described.base.source == "org/base"
     assert_learned(folder)
-    assert {path.name: path.stat() for path in folder.glob("factors-*")} == factors
+    assert stamps(folder) == factors
     assert (folder / "bank.json").stat().st_ino != before.st_ino  # whoever watches it notices
     assert len(names(folder)) == 4
     add_calibration(folder, replace(TARA, tensors={**TARA.tensors, ".p": torch.tensor(5.0)}))
@@ -495,13 +501,13 @@ def test_calibrations_added_at_once_are_all_there(folder: Path) -> None:
 
 
 def test_a_calibration_dropped_is_a_new_version_beside_the_same_factors(learned: Path) -> None:
-    factors = {path.name: path.stat() for path in learned.glob("factors-*")}
+    factors = stamps(learned)
     before = (learned / "bank.json").stat()
     described = drop_calibration(learned, "core")
     loaded = load_bank(learned)
     assert (described.digest, described.base.source) == (loaded.digest, "org/base")
     assert loaded.digest == with_calibration(BANK, TARA).digest
-    assert {path.name: path.stat() for path in learned.glob("factors-*")} == factors
+    assert stamps(learned) == factors
     assert (learned / "bank.json").stat().st_ino != before.st_ino  # whoever watches it notices
     assert len(names(learned)) == 3
     with pytest.raises(BankError, match=r"no calibration for core \(it has: tara-a\)"):
@@ -574,6 +580,7 @@ def test_a_flipped_bit_or_a_lost_byte_of_a_calibration_is_noticed(learned: Path)
         (change("calibrations", 0, "at", to=[1, 0, 0]), "do.*not hold what bank.json says"),
         (change("calibrations", 0, "at", to=None), "do.*not hold what bank.json says"),
         (change("calibrations", 0, "at", to=[2, -1, 0]), r"calibrations\.0\.at\.0"),
+        (change("calibrations", 0, "at", to=[0.5, 0.5]), "bank.json: .*core is at 2 shares"),
         (change("calibrations", 0, "factors", to="1" * 64), "do.*not hold what bank.json says"),
         (change("calibrations", 0, "digest", to="1" * 64), "do.*not hold what bank.json says"),
         (change("calibrations", 0, "more", to=1), "Extra inputs"),

@@ -1,5 +1,7 @@
 """The held-out score: 0 is every adapter itself, 1 the base model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from dynmerge.calibration.draws import centre
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.teachers import alone, lessons
+from dynmerge.errors import CalibrationError
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
 
@@ -64,6 +67,17 @@ def test_the_score_is_the_mean_over_the_centre_and_four_others(
     assert asked == list(judge.preferences)
     one = Judge.of(pupil, held_out, "distil", MIXED)
     assert list(one.preferences) == [MIXED]
+
+
+def test_where_a_skill_predicts_no_numbers_nothing_is_judged(
+    pupil: Student, held_out: dict[str, Passages]
+) -> None:
+    nan = float("nan")
+    modules = tuple(replace(module, left=module.left * nan) for module in pupil.bank.modules)
+    student = Student(pupil.model, replace(pupil.bank, modules=modules))
+    with pytest.raises(CalibrationError, match=r"held-out texts of 'ada' .* predicts NaN"):
+        Judge.of(student, held_out, "distil")
+    student.close()
 
 
 def test_certainty_is_judged_by_divergence(pupil: Student, held_out: dict[str, Passages]) -> None:

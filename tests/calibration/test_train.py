@@ -12,6 +12,7 @@ from torch import Tensor
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.plan import Plan, published
 from dynmerge.calibration.train import Training, improved
+from dynmerge.errors import CalibrationError
 from dynmerge.merging.maps import LINEAR
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
@@ -86,6 +87,9 @@ def test_a_training_goes_on_where_it_was_stopped(
     assert same(later.best, whole.best)
     ended = Training(small, points, held_points, plan)
     ended.restore(states[-1])
+    narrow = [{name: table[:1, :1] for name, table in own.items()} for own in states[0]["best"]]
+    with pytest.raises(CalibrationError, match=r"does not fit it .*--again starts afresh"):
+        later.restore({**states[0], "best": narrow})
     assert ended.done
     assert same(ended.run(), whole.best)
 

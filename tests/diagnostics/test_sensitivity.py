@@ -175,6 +175,14 @@ def test_a_skill_without_examples_is_named(
         measure_sensitivity(Student(base_model.double(), bank), examples)
 
 
+def test_predictions_that_are_no_numbers_are_named(
+    base_model: PreTrainedModel, bank: FactorBank, examples: dict[str, Tokens]
+) -> None:
+    base_model.get_output_embeddings().weight.data[7] = float("nan")
+    with pytest.raises(ExamplesError, match="on the texts of 'ada' equal shares predict NaN"):
+        measure_sensitivity(Student(base_model.double(), bank), examples)
+
+
 def test_a_condition_number_is_none_where_a_skill_has_no_say_of_its_own() -> None:
     J = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]], dtype=torch.float64)
     assert condition(J) == pytest.approx(2)
