@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dynmerge.bank.bank import FactorBank
+from dynmerge.calibration.calibrate import regmean_cores
 from dynmerge.calibration.learned import Learned, in_order, weighted
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Objective, Plan, published
 from dynmerge.calibration.teachers import alone, anchor, lessons
 from dynmerge.calibration.train import Training
-from dynmerge.merging.calibrated import regmean
+from dynmerge.merging.calibrated import by_skill
 from dynmerge.merging.maps import Form
 from study.bench import Bench, Made, Maker, by
 from study.forms import COMPARED
@@ -154,21 +154,10 @@ def regmean_rows(bench: Bench) -> tuple[Maker, object]:
     moments = second_moments(bench.student, bench.splits["calibration"])
 
     def scaled(scale: float) -> Maker:
-        return lambda rho: regmean_cores(bench.bank, moments, rho, scale)
+        return lambda rho: [scale * core for core in regmean_cores(bench.bank, moments, rho)]
 
     scale, maker = bench.best({s: scaled(s) for s in (1.0, 1.3, 1.7, 2.2)})
     return maker, {"scale": scale}
-
-
-def regmean_cores(
-    bank: FactorBank, moments: list[Tensor], rho: Tensor, scale: float = 1.0
-) -> list[Tensor]:
-    """C(rho) of every layer, times `scale`."""
-    found = [
-        scale * regmean(group, torch.stack([moments[m] for m in group.members]), rho, 0.01)
-        for group in bank.groups
-    ]
-    return in_order(bank, found)
 
 
 def rho_scaled(plan: Plan) -> Row:
@@ -176,19 +165,14 @@ def rho_scaled(plan: Plan) -> Row:
 
     def make(bench: Bench) -> tuple[Maker, object]:
         best, _ = trained(bench, plan)
-        tasks = len(bench.bank.names)
+        groups, tasks = bench.bank.groups, len(bench.bank.names)
 
         def cores(rho: Tensor) -> Made:
-            total = [torch.zeros(module.core_shape) for module in bench.bank.modules]
-            phi = [own["fixed"] for own in best.tables]
-            for group, lambdas in zip(bench.bank.groups, phi, strict=True):
-                for place, member in enumerate(group.members):
-                    for task in range(tasks):
-                        factor = lambdas[place, task] * tasks * rho[task]
-                        total[member] = total[member] + factor * bench.bank.modules[member].core(
-                            task
-                        )
-            return total
+            found = [
+                by_skill(group, own["fixed"] * tasks * rho)
+                for group, own in zip(groups, best.tables, strict=True)
+            ]
+            return in_order(bench.bank, found)
 
         return cores, None
 

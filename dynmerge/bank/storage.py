@@ -48,17 +48,11 @@ def save_bank(
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
     check_target(folder, replace)
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
-        staging.mkdir(parents=True)
+    with _staged(folder, f"cannot write the bank {folder}") as staging:
         files = tuple(_write(shard, staging, FileEntry) for shard in _shards(bank.modules))
         learned = tuple(_write_calibration(each, staging) for each in bank.calibrations)
         described = manifests.describe(bank, files, source, learned)
         _publish(described, staging, folder)
-    except (OSError, SafetensorError) as error:
-        raise BankError(f"cannot write the bank {folder}: {_reason(error)}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return described
 
 
@@ -92,19 +86,26 @@ def _relearned(
 ) -> Manifest:
     """Publish `bank`: the factors in `folder`, calibrations from there, and the one that is new."""
     kept = {entry.method: entry.file for entry in before.calibrations}
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
-        staging.mkdir()
+    with _staged(folder, f"cannot write to the bank {folder}") as staging:
         if new is not None:
             kept[new.method] = _write_calibration(new, staging)
         learned = tuple(kept[method] for method in bank.calibrated)
         described = manifests.describe(bank, before.files, before.base.source, learned)
         _publish(described, staging, folder)
+    return described
+
+
+@contextmanager
+def _staged(folder: Path, complaint: str) -> Iterator[Path]:
+    """A new folder beside `folder` to make a version in; what is left of it goes in the end."""
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
     except (OSError, SafetensorError) as error:
-        raise BankError(f"cannot write to the bank {folder}: {_reason(error)}") from error
+        raise BankError(f"{complaint}: {_reason(error)}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return described
 
 
 @contextmanager

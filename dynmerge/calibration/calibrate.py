@@ -157,7 +157,7 @@ def _regmean(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Cal
     bank, moments = student.bank, second_moments(student, texts)
     judge = Judge.of(student, held_out, plan.objective)
     plain = judge.score(lambda rho: weighted(bank, rho))
-    found = judge.score(lambda rho: _regmean_cores(bank, moments, rho))
+    found = judge.score(lambda rho: regmean_cores(bank, moments, rho))
     _check_better("regmean", found, plain)
     tensors = {
         f"{module.name}.moments": own for module, own in zip(bank.modules, moments, strict=True)
@@ -201,7 +201,8 @@ def _check_better(name: str, found: float, plain: float) -> None:
         )
 
 
-def _regmean_cores(bank: FactorBank, moments: list[Tensor], rho: Tensor) -> list[Tensor]:
+def regmean_cores(bank: FactorBank, moments: list[Tensor], rho: Tensor) -> list[Tensor]:
+    """C(rho) (p, q) of `regmean` for every module; moments (tasks, q, q) of each."""
     return in_order(
         bank,
         [

@@ -83,12 +83,14 @@ def cores_of(
     bank: FactorBank, method: str, phi: Sequence[Tensor], tables: Sequence[Tables], rho: Tensor
 ) -> list[Tensor]:
     """C (p, q) for every module in the bank's order; phi (members, W) for each group."""
-    found: list[Tensor] = [rho] * len(bank.modules)
-    for group, coefficients, known in zip(bank.groups, phi, tables, strict=True):
-        cores = GRANULARITIES[method].cores(group, coefficients, known, rho)
-        for member, core in zip(group.members, cores, strict=True):
-            found[member] = core
-    return found
+    cores = GRANULARITIES[method].cores
+    return in_order(
+        bank,
+        [
+            cores(group, coefficients, known, rho)
+            for group, coefficients, known in zip(bank.groups, phi, tables, strict=True)
+        ],
+    )
 
 
 def weighted(bank: FactorBank, weights: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Teachers: how far a merge is from what each skill wants, on that skill's own examples.
 
 Measured by an objective: divergence from the skill's own adapter, entropy, or labels. The anchor
-z_i is the same measure under adapter i alone.
+z_i is what the measure is at best.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

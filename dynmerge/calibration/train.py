@@ -50,7 +50,8 @@ class Training:
         self._generator = torch.Generator().manual_seed(plan.seed)
         at = None if plan.at is None else torch.tensor(plan.at)
         self._judge = Judge.of(student, held_out, plan.objective, at)
-        self.learned = (start or self._best_start()).clone()
+        chosen, score = self._best_of([start] if start else self._starts())
+        self.learned = chosen.clone()
         self.best = self._origin = self.learned.clone()
         self._lessons = lessons(student, texts, plan.objective, 4 * plan.batch)
         self._anchors = [anchor(student, task, each) for task, each in enumerate(self._lessons)]
@@ -70,7 +71,7 @@ class Training:
         )
         self._losses: list[float] = []
         self.step = 0
-        self.checks = [Check(0, None, self._judge.score(self.learned.cores))]
+        self.checks = [Check(0, None, score)]
         # What every server has without a calibration.
         self.linear = self._judge.score(lambda rho: weighted(student.bank, rho))
 
@@ -133,14 +134,17 @@ class Training:
                 table.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
 
-    def _best_start(self) -> Learned:
-        """Of the form's starts, the one with the best held-out score."""
+    def _starts(self) -> list[Learned]:
+        """The form's starts: by each of its constants, or the only one it has."""
         bank, plan = self._student.bank, self.plan
-        constants = FORMS[plan.form].starts
-        if len(constants) < 2:
-            return Learned.start(bank, plan.method, plan.form)
-        starts = [Learned.start(bank, plan.method, plan.form, each) for each in constants]
-        return min(starts, key=lambda start: self._judge.score(start.cores))
+        constants: list[tuple[float, ...]] = [(each,) for each in FORMS[plan.form].starts] or [()]
+        return [Learned.start(bank, plan.method, plan.form, *each) for each in constants]
+
+    def _best_of(self, starts: Sequence[Learned]) -> tuple[Learned, float]:
+        """The one with the best held-out score, and that score."""
+        scores = [self._judge.score(start.cores) for start in starts]
+        best = min(range(len(starts)), key=lambda place: scores[place])
+        return starts[best], scores[best]
 
     def _advance(self) -> None:
         plan, tasks = self.plan, len(self._lessons)
