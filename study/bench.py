@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration import draws
+from dynmerge.calibration.plan import Plan
 from dynmerge.evaluation.scores import Score, score
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.merge import Merge, Merger
@@ -34,7 +35,7 @@ class Bench:
     """`splits`: calibration, validation and test -> skill -> examples.
 
     `others` are banks of adapters trained another way, each on the same model: the joint adapter,
-    those begun as OSRM says.
+    those begun as OSRM says. `pace` is what the suite can pay of a calibration's plan.
     """
 
     suite: str
@@ -42,6 +43,7 @@ class Bench:
     student: Student
     splits: Mapping[str, Mapping[str, Examples]]
     others: Mapping[str, Callable[[], FactorBank]]
+    pace: Callable[[Plan], Plan] = lambda plan: plan
 
     @property
     def bank(self) -> FactorBank:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dynmerge.calibration import draws
 from dynmerge.calibration.calibrate import regmean_cores
 from dynmerge.calibration.learned import Learned, in_order, weighted
 from dynmerge.calibration.moments import second_moments
@@ -91,25 +92,19 @@ def per_task(objective: Objective) -> Row:
     return Row(make, DATA[objective])
 
 
-def per_task_weights(bench: Bench, objective: Objective, steps: int = 40) -> Tensor:
+def per_task_weights(bench: Bench, objective: Objective) -> Tensor:
     """(tasks,), from 0.4 each, as the finer coefficients are found."""
-    student = bench.student
+    student, plan = bench.student, bench.pace(at_centre("adamerging", objective))
     taught = lessons(student, bench.splits["calibration"], objective, 32)
     anchors = [anchor(student, task, lesson) for task, lesson in enumerate(taught)]
     weights = torch.full((len(taught),), 0.4, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.02)
     generator = torch.Generator().manual_seed(bench.seed)
-    for _ in range(steps):
+    rows = [draws.Rows(each.examples.lengths(), plan.batch, generator) for each in taught]
+    for _ in range(plan.steps):
         with student.under(weighted(bench.bank, weights)):
-            gaps = torch.stack(
-                [
-                    lesson.loss(
-                        torch.randperm(len(lesson.examples), generator=generator)[:8].tolist()
-                    )
-                    - z
-                    for lesson, z in zip(taught, anchors, strict=True)
-                ]
-            )
+            losses = [lesson.loss(each.take()) for lesson, each in zip(taught, rows, strict=True)]
+        gaps = torch.stack([loss - z for loss, z in zip(losses, anchors, strict=True)])
         optimizer.zero_grad()
         smooth_tchebycheff(gaps, bench.centre, 1.0).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -131,7 +126,7 @@ def trained(
 ) -> tuple[Learned, list[tuple[int, float]]]:
     """One calibration run to its end, and its held-out scores by step; kept for who asks again."""
     at = None if plan.at is None else tuple(bench.centre.tolist()) if not plan.at else plan.at
-    settled = replace(plan, at=at, seed=bench.seed)
+    settled = replace(bench.pace(plan), at=at, seed=bench.seed)
     start = Learned.start(bench.bank, plan.method, form or plan.form)
     labels = sorted({label for label, _ in start.parameters()})
     known = [repr(settled), start.form.coefficients.__name__, *labels, bench.bank.digest]

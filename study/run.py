@@ -33,6 +33,24 @@ GRID_ROWS = ("mean", "linear-p4", "adamerging-rho-scaled", "tara-a-map")
 # Adapters trained another way: for the generative suite there are none.
 OTHERS = {"encoder": ("joint", "osrm-mean", "osrm-p4"), "generative": ()}
 FIRST = {suite: seeds[0] for suite, seeds in SUITES.items()}
+# A generative row costs fifty encoder's: these on every seed, all others on the first alone.
+GENERATIVE = [
+    "zero-shot",
+    "mean",
+    "mean-gamma",
+    "linear-p4",
+    "ratio-start",
+    "tuned",
+    "s-only",
+    "pico",
+    "pico-tuned",
+    "tsv-m-p6",
+    "adamerging-map",
+    "tara-a-map",
+    "core-map",
+]
+# These ask one question each, of the first encoder seed: what would another setting have gained?
+ONCE = ("tara-a-tchebycheff", "tara-a-published", "tara-b-map", *FORM_ROWS)
 
 
 def main() -> None:
@@ -67,7 +85,7 @@ def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
 
 def run(suite: str, seed: int, only: set[str] | None) -> None:
     """Every row that is not there yet, one after the other."""
-    rows = {**ROWS, **(FORM_ROWS if seed == FIRST[suite] else {})}
+    rows = rows_of(suite, seed)
     done = {cell.method for cell in read_cells(suite, seed)}
     todo = [
         name
@@ -89,6 +107,16 @@ def run(suite: str, seed: int, only: set[str] | None) -> None:
         print(f"{suite} {seed} {name}: {mean:.4f} ({spent:.0f} CPU-s)", file=sys.stderr, flush=True)
 
 
+def rows_of(suite: str, seed: int) -> dict[str, Row]:
+    """The rows measured on one seed."""
+    every = {**ROWS, **FORM_ROWS}
+    if suite == "generative":
+        left_out = set(ONCE) if seed == FIRST[suite] else set(every) - set(GENERATIVE)
+    else:
+        left_out = set() if seed == FIRST[suite] else set(ONCE)
+    return {name: row for name, row in every.items() if name not in left_out}
+
+
 def open_bench(suite: str, seed: int) -> Bench:
     """The bench of one seed. Imported here: a suite loads its model and its packages."""
     if suite == "encoder":
@@ -101,8 +129,8 @@ def open_bench(suite: str, seed: int) -> Bench:
 
 
 def references(suite: str, seed: int) -> list[str]:
-    """Rows of the first seed alone: optimised for one preference each, and fronts on a grid."""
-    if seed != FIRST[suite]:
+    """Rows of the encoder's first seed: optimised for one preference each, and fronts on a grid."""
+    if (suite, seed) != ("encoder", FIRST["encoder"]):
         return []
     each = [f"{method}-for-each" for method in ("tara-a", "core")]
     return each + [f"{GRID}{name}" for name in GRID_ROWS]
@@ -131,7 +159,8 @@ def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]
     else:
         row = rows[name]
         maker, chosen = row.make(bench)
-        yield from at_preferences(bench, name, maker, chosen, row.where == ALL)
+        everywhere = row.where == ALL and bench.seed == FIRST[bench.suite]
+        yield from at_preferences(bench, name, maker, chosen, everywhere)
 
 
 def on_grid(bench: Bench, name: str, row: Row) -> Iterator[Cell]:

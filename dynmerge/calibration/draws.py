@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from dynmerge.texts.batches import alike
+
 CENTRE = 0.25  # how often the uniform preference is drawn
 POOL = 4  # batches among which rows are sorted by length
 
@@ -51,10 +53,3 @@ class Rows:
             made += alike(self._lengths, self._batch, pool)
         places = torch.randperm(len(made), generator=self._generator).tolist()
         return [made[place] for place in places]
-
-
-def alike(lengths: Sequence[int], batch: int, rows: Sequence[int] | None = None) -> list[list[int]]:
-    """`rows` (by default all) in batches of at most `batch`, sorted by length."""
-    chosen = range(len(lengths)) if rows is None else rows
-    order = sorted(chosen, key=lambda row: lengths[row])
-    return [order[start : start + batch] for start in range(0, len(order), batch)]

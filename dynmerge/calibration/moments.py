@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dynmerge.calibration.draws import alike
 from dynmerge.calibration.teachers import alone
 from dynmerge.student import Student
+from dynmerge.texts.batches import alike
 from dynmerge.texts.examples import Examples
 
 

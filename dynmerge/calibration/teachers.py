@@ -4,22 +4,21 @@ Measured by an objective: divergence from the skill's own adapter, entropy, or l
 z_i is what the measure is at best.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.draws import alike
 from dynmerge.calibration.objective import cross_entropy, divergence, entropy
 from dynmerge.calibration.plan import Objective
 from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
+from dynmerge.texts.batches import batches
 from dynmerge.texts.examples import Examples
 
 LEAST_SHARE, LEAST_GAP = 0.1, 1e-6  # of the mean gap; in nats, where no skill loses anything
-PREDICTIONS = 512  # at once: each is as long as the vocabulary
 LEAST = -6e4  # of a masked token, say: half precision makes -inf of less, and 0 * inf is NaN
 
 
@@ -64,13 +63,6 @@ def lessons(
             raise ExamplesError(f"no texts for the skill {name!r} (given: {', '.join(examples)})")
         found.append(_lesson(student, task, examples[name], objective, batch))
     return found
-
-
-def batches(examples: Examples, batch: int) -> Iterator[list[int]]:
-    """All rows, alike in length, at most `batch` and about PREDICTIONS predictions together."""
-    for rows in alike(examples.lengths(), batch):
-        size = max(1, PREDICTIONS // max(examples.counts(rows)))
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def floored(gaps: Sequence[float]) -> list[float]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.draws import alike
 from dynmerge.calibration.plan import Objective
 from dynmerge.calibration.teachers import Lesson, lessons
 from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
+from dynmerge.texts.batches import alike
 from dynmerge.texts.examples import Examples
 
 BATCH = 8

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.draws import alike
 from dynmerge.calibration.objective import cross_entropy
 from dynmerge.errors import ExamplesError
 from dynmerge.evaluation.bootstrap import SAMPLES, Estimate, mean, ratio, resamplings, share
@@ -20,6 +19,7 @@ from dynmerge.merging.merge import PREPARED_BYTES, Merger
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from dynmerge.student import Student
+from dynmerge.texts.batches import batches
 from dynmerge.texts.examples import Examples
 
 BATCH = 16
@@ -125,7 +125,7 @@ def score(
 ) -> Score:
     """All examples under what the model carries; `tell` hears how many were done at a time."""
     right, counts, nats = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
-    for rows in alike(examples.lengths(), batch):
+    for rows in batches(examples, batch):
         logits, targets = examples.logits(rows), examples.targets(rows)
         assert targets is not None
         sizes = examples.counts(rows)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Generator
 
-from dynmerge.calibration.draws import POOL, Rows, alike, centre, preference
+from dynmerge.calibration.draws import POOL, Rows, centre, preference
 
 
 def drawn(tasks: int, count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -59,8 +59,3 @@ def test_fewer_rows_than_a_batch_are_one_batch() -> None:
     rows = Rows([3, 1, 2], 8, Generator().manual_seed(0))
     assert rows.take() == [1, 2, 0]
     assert rows.take() == [1, 2, 0]
-
-
-def test_alike_is_all_rows_by_length() -> None:
-    assert alike([5, 1, 4, 2], 3) == [[1, 3, 2], [0]]
-    assert alike([5, 1, 4, 2], 3, [2, 0]) == [[2, 0]]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.calibration.plan import Objective
-from dynmerge.calibration.teachers import PREDICTIONS, alone, anchor, batches, floored, lessons
+from dynmerge.calibration.teachers import alone, anchor, floored, lessons
 from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
@@ -119,24 +119,6 @@ def test_a_skill_without_examples_or_answers_is_named(
     made = lessons(pupil, unknown, "labels", 4)
     with pytest.raises(ExamplesError, match="the texts of 'bob' have no answers"):
         made[1].mean(2)
-
-
-class Long:
-    """Examples of many predictions."""
-
-    def __len__(self) -> int:
-        return 9
-
-    def lengths(self) -> list[int]:
-        return [10] * 9
-
-    def counts(self, rows: Sequence[int]) -> list[int]:
-        return [PREDICTIONS // 2 - 1 if row < 8 else 4 * PREDICTIONS for row in rows]
-
-
-def test_many_predictions_make_small_batches() -> None:
-    found = list(batches(Long(), 4))  # type: ignore[arg-type]
-    assert found == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
 
 
 def test_a_skill_that_loses_next_to_nothing_does_not_count_without_bounds() -> None:

@@ -16,14 +16,17 @@ PATIENCE = 20  # seconds, of which a healthy server needs a fraction
 LONG = {**CHAT, **GREEDY, "max_tokens": 450, "stream": True}
 
 
-async def begin_and_leave(client: httpx.AsyncClient, preference: str) -> None:
-    """Read the beginning of a long stream, and close the connection."""
+async def begin_and_leave(client: httpx.AsyncClient, preference: str) -> int:
+    """Read the beginning of a long stream, and close the connection.
+
+    Returns how many merges were held meanwhile.
+    """
     body = {**LONG, "preference": preference}
     async with client.stream("POST", CHAT_PATH, json=body) as reply:
         assert reply.status_code == 200
         lines = reply.aiter_lines()  # kept: httpx closes the stream with its iterator
         assert (await anext(lines)).startswith("data: {")
-        assert await pinned(client) >= 1
+        return await pinned(client)
 
 
 async def pinned(client: httpx.AsyncClient) -> int:
@@ -42,7 +45,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_gives_its_merge_ba
     client: httpx.AsyncClient,
 ) -> None:
     before = await say(client, preference="ada=0.9, dee=0.1")
-    await begin_and_leave(client, "ada=0.9, dee=0.1")
+    assert await begin_and_leave(client, "ada=0.9, dee=0.1") >= 1
     await wait_until_nothing_is_pinned(client)
     assert said(await say(client, preference="ada=0.9, dee=0.1")) == said(before)
 
@@ -51,7 +54,8 @@ async def test_more_clients_than_slots_leave_at_once_and_the_next_are_served(
     client: httpx.AsyncClient,
 ) -> None:
     wishes = [f"ada={number}, bob={20 - number}" for number in range(1, 2 * SLOTS + 1)]
-    await asyncio.gather(*(begin_and_leave(client, wish) for wish in wishes))
+    # Not each of them: those admitted first may be answered whole before they hear what is held.
+    assert max(await asyncio.gather(*(begin_and_leave(client, wish) for wish in wishes))) >= 1
     await wait_until_nothing_is_pinned(client)
     again = await asyncio.gather(*(say(client, preference=wish) for wish in wishes))
     assert len({reply["dynmerge"]["merge_id"] for reply in again}) == len(wishes)
