@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dynmerge.merging.maps import Form, Tables
+from dynmerge.merging.carried.maps import Form, Tables
 
 HIDDEN = 16
 

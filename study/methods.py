@@ -21,8 +21,8 @@ from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Objective, Plan, published
 from dynmerge.calibration.teachers import alone, anchor, lessons
 from dynmerge.calibration.train import Training
-from dynmerge.merging.calibrated import by_skill
-from dynmerge.merging.maps import Form
+from dynmerge.merging.carried.granularity import by_skill
+from dynmerge.merging.carried.maps import Form
 from study.bench import Bench, Made, Maker, by
 from study.forms import COMPARED
 from study.plans import at_centre, for_all

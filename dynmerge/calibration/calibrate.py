@@ -20,9 +20,9 @@ from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Check, Training, best_score, improved
 from dynmerge.errors import CalibrationError, ExamplesError
-from dynmerge.merging.calibrated import GRANULARITIES, regmean
+from dynmerge.merging.carried.granularity import GRANULARITIES, regmean
+from dynmerge.merging.carried.maps import FORMS
 from dynmerge.merging.choice import parse_method, settled
-from dynmerge.merging.maps import FORMS
 from dynmerge.merging.parameters import number
 from dynmerge.merging.support import normed
 from dynmerge.student import Student

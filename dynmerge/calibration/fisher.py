@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.learned import constants_of, cores_of
-from dynmerge.merging.calibrated import GRANULARITIES
+from dynmerge.merging.carried.granularity import GRANULARITIES
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 

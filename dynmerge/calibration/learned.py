@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.merging.calibrated import GRANULARITIES, joint_directions
-from dynmerge.merging.maps import FORMS, Form, Tables
+from dynmerge.merging.carried.granularity import GRANULARITIES
+from dynmerge.merging.carried.maps import FORMS, Form, Tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +28,12 @@ class Learned:
         `constant` is one of the form's `starts`, by default the first.
         """
         chosen = FORMS[form] if isinstance(form, str) else form
-        tables = []
+        granularity, tables = GRANULARITIES[method], []
         for group in bank.groups:
-            owners = GRANULARITIES[method].owners(group)
-            own = chosen.start(len(group.members), len(group.ranks), len(owners), *constant)
-            if method == "core":
-                tasks, (p, q) = len(group.ranks), (group.left.shape[1], group.right.shape[2])
-                own["tables"] = torch.zeros(len(group.members), tasks * (tasks - 1) // 2, p, q)
-            tables.append(own)
+            members, owners = len(group.members), granularity.owners(group)
+            own = chosen.start(members, len(group.ranks), len(owners), *constant)
+            more = granularity.tables(group)
+            tables.append(own | {label: torch.zeros(members, *more[label]) for label in more})
         return cls(bank, method, chosen, tuple(tables), constants_of(bank, method))
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -74,9 +72,7 @@ class Learned:
 
 def constants_of(bank: FactorBank, method: str) -> tuple[dict[str, Tensor], ...]:
     """What the method needs of each group besides what is learned."""
-    if method != "tara-b":
-        return tuple({} for _ in bank.groups)
-    return tuple({"joint": joint_directions(group)} for group in bank.groups)
+    return tuple(GRANULARITIES[method].constants(group) for group in bank.groups)
 
 
 def cores_of(

@@ -20,7 +20,7 @@ from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import UNITS, Plan
 from dynmerge.calibration.teachers import anchor, floored, lessons
 from dynmerge.errors import CalibrationError
-from dynmerge.merging.maps import FORMS
+from dynmerge.merging.carried.maps import FORMS
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 

@@ -12,7 +12,7 @@ from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import FactorBank
 from dynmerge.errors import DynmergeError
 from dynmerge.merging import pico, svc
-from dynmerge.merging.carried import check_calibrations
+from dynmerge.merging.carried.merges import check_calibrations
 from dynmerge.merging.choice import parts_of, settled
 from dynmerge.merging.demands import check_bank, check_preference
 from dynmerge.merging.methods import SCALE

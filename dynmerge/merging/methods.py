@@ -12,7 +12,7 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank
 from dynmerge.merging import pico
 from dynmerge.merging.arithmetic import linear, linear_diagonal, lora_soups, soup_diagonal
-from dynmerge.merging.carried import (
+from dynmerge.merging.carried.merges import (
     by_coefficients,
     coefficient_diagonal,
     regmean,

@@ -21,10 +21,10 @@ from dynmerge.calibration.plan import UNITS, Objective, Plan, published
 from dynmerge.calibration.teachers import alone, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.errors import CalibrationError, ExamplesError
-from dynmerge.merging.calibrated import GRANULARITIES
+from dynmerge.merging.carried.granularity import GRANULARITIES
+from dynmerge.merging.carried.maps import FORMS, LINEAR
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.diagonal import Diagonal, is_diagonal
-from dynmerge.merging.maps import FORMS, LINEAR
 from dynmerge.merging.merge import merge
 from dynmerge.merging.methods import METHODS
 from dynmerge.merging.support import normed

@@ -12,8 +12,8 @@ from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.calibration.fisher import information, ridged, sensitivities
-from dynmerge.merging.calibrated import GRANULARITIES
-from dynmerge.merging.maps import gauss_newton, ratio
+from dynmerge.merging.carried.granularity import GRANULARITIES
+from dynmerge.merging.carried.maps import gauss_newton, ratio
 from dynmerge.student import Student
 from tests import reference
 from tests.bank_factory import random_adapter

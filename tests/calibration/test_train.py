@@ -13,7 +13,7 @@ from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.plan import Plan, published
 from dynmerge.calibration.train import Training, improved
 from dynmerge.errors import CalibrationError
-from dynmerge.merging.maps import LINEAR
+from dynmerge.merging.carried.maps import LINEAR
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
 from tests.calibration.network import Points

@@ -14,9 +14,9 @@ from dynmerge.bank.bank import FactorBank, FactorGroup, Task
 from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.edit import with_calibration
 from dynmerge.merging import pico
-from dynmerge.merging.calibrated import GRANULARITIES, by_joint_direction, joint_directions
+from dynmerge.merging.carried.granularity import GRANULARITIES, by_joint_direction, joint_directions
+from dynmerge.merging.carried.maps import pairs
 from dynmerge.merging.choice import parse_method
-from dynmerge.merging.maps import pairs
 from dynmerge.merging.merge import merge
 from dynmerge.merging.outcome import Cores
 from dynmerge.merging.support import Support

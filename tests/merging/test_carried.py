@@ -116,5 +116,5 @@ def test_what_follows_from_the_bank_alone_is_made_once() -> None:
             preference = Preference.of(weights)
             merger.merge(Recipe(preference, parse_method("tara-b"), bank.digest))
     made: list[str] = []
-    bank.keep("joint", lambda: made.append("joint"))
+    bank.keep(("constants", "tara-b"), lambda: made.append("joint"))
     assert not made

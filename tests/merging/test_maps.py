@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from dynmerge.cli import Form as Offered
-from dynmerge.merging.maps import FORMS, fixed, gauss_newton, pairs, ratio
+from dynmerge.merging.carried.maps import FORMS, fixed, gauss_newton, pairs, ratio
 from tests import reference
 
 OWNERS = torch.tensor([0, 0, 1, 2, 2, 2])

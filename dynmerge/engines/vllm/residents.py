@@ -15,7 +15,7 @@ from dynmerge.engines.vllm.layer import Layer
 from dynmerge.engines.vllm.slots import Rows
 from dynmerge.engines.vllm.tables import CorePart, DiagonalPart, Expand, OwnPart, Part
 from dynmerge.errors import BankError
-from dynmerge.merging.carried import check_calibrations
+from dynmerge.merging.carried.merges import check_calibrations
 from dynmerge.merging.diagonal import Diagonal
 from dynmerge.merging.merge import Merge, Merger
 from dynmerge.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Merges under coefficients that a calibration learned: what the coefficients multiply, per method.
+"""Granularity: what the coefficients that a calibration learned multiply, method by method.
 
 Pure and differentiable: the request path and the calibration that learns the coefficients share it.
 Shapes are those of one FactorGroup: members alike in p, q and every task's rank, N tasks in all.
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynmerge.bank.bank import FactorGroup
-from dynmerge.merging.maps import Tables, pairs
+from dynmerge.bank.bank import FactorBank, FactorGroup
+from dynmerge.merging.carried.maps import Tables, pairs
 
 
 def by_skill(group: FactorGroup, coefficients: Tensor) -> Tensor:
@@ -108,25 +108,48 @@ def joint_owners(group: FactorGroup) -> Tensor:
     return skill_owners(group).repeat_interleave(min(sum(group.ranks), group.left.shape[1]))
 
 
+def core_tables(group: FactorGroup) -> dict[str, tuple[int, ...]]:
+    """`tables`: a core for each pair of skills."""
+    tasks, p, q = len(group.ranks), group.left.shape[1], group.right.shape[2]
+    return {"tables": (tasks * (tasks - 1) // 2, p, q)}
+
+
 @dataclass(frozen=True, slots=True)
 class Granularity:
     """What one coefficient multiplies: `owners` says whose each is, `cores` multiplies.
 
-    `cores` takes a group, its coefficients (members, W), its tables and rho (N,).
+    `cores` takes a group, its coefficients (members, W), its tables and rho (N,). Among the tables
+    are those of the map, `tables` (label -> shape in one layer), which are learned with them from
+    0, and `constants`, which the factors alone decide. `spread` (bank, all modules' coefficients)
+    -> one number for every stacked direction; None where a merge is no such diagonal.
     """
 
     owners: Callable[[FactorGroup], Tensor]
     cores: Callable[[FactorGroup, Tensor, Tables, Tensor], Tensor]
+    tables: Callable[[FactorGroup], dict[str, tuple[int, ...]]] = lambda group: {}
+    constants: Callable[[FactorGroup], dict[str, Tensor]] = lambda group: {}
+    spread: Callable[[FactorBank, Tensor], Tensor] | None = None
 
 
 GRANULARITIES: Mapping[str, Granularity] = {
-    "adamerging": Granularity(skill_owners, lambda group, phi, own, rho: by_skill(group, phi)),
-    "tara-a": Granularity(direction_owners, lambda group, phi, own, rho: by_direction(group, phi)),
+    "adamerging": Granularity(
+        skill_owners,
+        lambda group, phi, own, rho: by_skill(group, phi),
+        spread=lambda bank, phi: phi.view(len(bank.modules), -1)[bank.directions],
+    ),
+    "tara-a": Granularity(
+        direction_owners,
+        lambda group, phi, own, rho: by_direction(group, phi),
+        spread=lambda bank, phi: phi,
+    ),
     "tara-b": Granularity(
-        joint_owners, lambda group, phi, own, rho: by_joint_direction(group, phi, own["joint"])
+        joint_owners,
+        lambda group, phi, own, rho: by_joint_direction(group, phi, own["joint"]),
+        constants=lambda group: {"joint": joint_directions(group)},
     ),
     "core": Granularity(
         skill_owners,
         lambda group, phi, own, rho: with_tables(by_skill(group, phi), own["tables"], rho),
+        tables=core_tables,
     ),
 }

@@ -1,7 +1,7 @@
 """Methods of what a bank carries: coefficients, tables, moments or a norm that a calibration found.
 
 All at the support's preference rho = a / sum a over the bank's tasks, times sum a. What the numbers
-multiply is in calibrated.py, how they follow from rho in maps.py; here they meet a bank.
+multiply is in granularity.py, how they follow from rho in maps.py; here they meet a bank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +12,17 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank, FactorGroup
 from dynmerge.bank.calibration import AT
 from dynmerge.errors import BankError
-from dynmerge.merging import calibrated
-from dynmerge.merging.calibrated import GRANULARITIES, joint_directions
-from dynmerge.merging.maps import FORMS, Tables
+from dynmerge.merging.carried.granularity import GRANULARITIES, Granularity
+from dynmerge.merging.carried.granularity import regmean as regressed
+from dynmerge.merging.carried.maps import FORMS, Tables
 from dynmerge.merging.outcome import Cores
 from dynmerge.merging.parameters import Values, number
 from dynmerge.merging.support import Support, normed
 
 CarriedMethod = Callable[[Support, Tensor, Values], Cores]
 CarriedDiagonal = Callable[[FactorBank, Tensor, Values], Tensor]
+# A group and a form -> what the calibration holds of one of its modules: label -> shape.
+Reads = Callable[[FactorGroup, str], dict[str, tuple[int, ...]]]
 
 
 def by_coefficients(method: str) -> CarriedMethod:
@@ -46,9 +48,12 @@ def by_coefficients(method: str) -> CarriedMethod:
 def coefficient_diagonal(method: str) -> CarriedDiagonal:
     """The same at every stacked direction, where one coefficient is of one direction or more."""
 
+    spread = GRANULARITIES[method].spread
+    assert spread is not None, method
+
     def diagonal(bank: FactorBank, weights: Tensor, values: Values) -> Tensor:
         phi = _all_coefficients(bank, method, weights / weights.sum())
-        return weights.sum() * SPREAD[method](bank, phi)
+        return weights.sum() * spread(bank, phi)
 
     return diagonal
 
@@ -60,7 +65,7 @@ def regmean(support: Support, weights: Tensor, values: Values) -> Cores:
     cores = []
     for group, tables in zip(support.groups, support.bank.learned("regmean"), strict=True):
         moments = tables["moments"].index_select(1, places)
-        cores.append(weights.sum() * calibrated.regmean(group, moments, rho, ridge))
+        cores.append(weights.sum() * regressed(group, moments, rho, ridge))
     return Cores(cores)
 
 
@@ -132,11 +137,11 @@ def _columns(support: Support, method: str) -> Sequence[tuple[Tensor, ...]]:
 
 def _tables(bank: FactorBank, method: str) -> Sequence[Tables]:
     """What the bank learned, and what its factors alone say, for each group."""
-    learned = bank.learned(method)
-    if method != "tara-b":
-        return learned
-    joint = bank.keep("joint", lambda: [joint_directions(group) for group in bank.groups])
-    return [{**own, "joint": Q} for own, Q in zip(learned, joint, strict=True)]
+    granularity = GRANULARITIES[method]
+    constants = bank.keep(
+        ("constants", method), lambda: [granularity.constants(group) for group in bank.groups]
+    )
+    return [{**own, **more} for own, more in zip(bank.learned(method), constants, strict=True)]
 
 
 def _all_coefficients(bank: FactorBank, method: str, rho: Tensor) -> Tensor:
@@ -174,19 +179,15 @@ def _norm(bank: FactorBank) -> float:
     return bank.keep("tuned", lambda: float(bank.calibration("tuned").shared["p"]))
 
 
-def _coefficients(method: str) -> Callable[[FactorGroup, str], dict[str, tuple[int, ...]]]:
+def _coefficients(granularity: Granularity) -> Reads:
     def read(group: FactorGroup, form: str) -> dict[str, tuple[int, ...]]:
-        tasks, width = len(group.ranks), len(GRANULARITIES[method].owners(group))
+        tasks, width = len(group.ranks), len(granularity.owners(group))
         start = FORMS[form].start(1, tasks, width)
         shapes = {label: tuple(table.shape[1:]) for label, table in start.items()}
-        return {**shapes, **({AT: (tasks,)} if form == "fixed" else {})}
+        found_at = {AT: (tasks,)} if form == "fixed" else {}
+        return {**shapes, **granularity.tables(group), **found_at}
 
     return read
-
-
-def _core(group: FactorGroup, form: str) -> dict[str, tuple[int, ...]]:
-    tasks, p, q = len(group.ranks), group.left.shape[1], group.right.shape[2]
-    return {**_coefficients("core")(group, form), "tables": (tasks * (tasks - 1) // 2, p, q)}
 
 
 def _moments(group: FactorGroup, form: str) -> dict[str, tuple[int, ...]]:
@@ -195,17 +196,8 @@ def _moments(group: FactorGroup, form: str) -> dict[str, tuple[int, ...]]:
 
 
 # What a method reads in a module: label -> shape.
-READS: Mapping[str, Callable[[FactorGroup, str], dict[str, tuple[int, ...]]]] = {
-    "adamerging": _coefficients("adamerging"),
-    "tara-a": _coefficients("tara-a"),
-    "tara-b": _coefficients("tara-b"),
-    "core": _core,
+READS: Mapping[str, Reads] = {
+    **{method: _coefficients(granularity) for method, granularity in GRANULARITIES.items()},
     "regmean": _moments,
     "tuned": lambda group, form: {"p": ()},
-}
-
-# phi, flat over the modules' coefficients, at every stacked direction.
-SPREAD: Mapping[str, Callable[[FactorBank, Tensor], Tensor]] = {
-    "adamerging": lambda bank, phi: phi.view(len(bank.modules), -1)[bank.directions],
-    "tara-a": lambda bank, phi: phi,
 }
