@@ -15,7 +15,7 @@ from dynmerge.engines.vllm.layer import Layer
 from dynmerge.engines.vllm.slots import Rows
 from dynmerge.engines.vllm.tables import CorePart, DiagonalPart, Expand, OwnPart, Part
 from dynmerge.errors import BankError
-from dynmerge.merging.carried.merges import check_calibrations
+from dynmerge.merging.carried.merges import calibration_tensors, check_calibrations
 from dynmerge.merging.diagonal import Diagonal
 from dynmerge.merging.merge import Merge, Merger
 from dynmerge.recipe import Recipe
@@ -59,6 +59,7 @@ class ResidentBank:
             layer.name: parts for layer, parts in zip(self.layers, self._allocated(), strict=True)
         }
         self.bank: FactorBank | None = None
+        self._learned: tuple[Tensor, ...] = ()
         self.status: dict[tuple[Form, int], Status] = {}  # of the merges that were prepared
 
     def load(self, bank: FactorBank) -> None:
@@ -75,6 +76,7 @@ class ResidentBank:
         for rows in self.rows.values():
             rows.clear()
         self.bank = bank.to(self._device, bases=False)
+        self._learned = tuple(calibration_tensors(self.bank))  # now, where memory is counted
         self.merger = Merger(self.bank, self._dtype)
         self._diagonal = Diagonal(self.bank)
         self._diagonal_places = self._places(bank, lambda width: width.K, _stacked)
@@ -94,8 +96,12 @@ class ResidentBank:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of factors and tables."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        """Device bytes of factors, tables and calibrations."""
+        modules = self.bank.modules if self.bank else ()
+        factors = (factor for module in modules for factor in (module.left, module.right))
+        found = (*self._tensors(), *self._learned, *factors)
+        tensors = {id(tensor): tensor for tensor in found}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def write_diagonal(self, row: int, recipe: Recipe) -> None:
         """Make a row hold a merge of diagonal form, assembled here."""

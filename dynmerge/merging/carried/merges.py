@@ -4,7 +4,7 @@ All at the support's preference rho = a / sum a over the bank's tasks, times sum
 multiply is in granularity.py, how they follow from rho in maps.py; here they meet a bank.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,6 +105,27 @@ def check_calibrations(bank: FactorBank) -> None:
                     )
 
 
+def calibration_tensors(bank: FactorBank) -> Iterator[Tensor]:
+    """What all merges of the bank's calibrations read, made now rather than for the first request.
+
+    The calibrations as they were learned, stacked by shape or laid side by side, and what the
+    factors alone decide. The bank keeps them; its calibrations must have been checked.
+    """
+    for calibration in bank.calibrations:
+        yield from calibration.tensors.values()
+        method = calibration.method
+        granularity = GRANULARITIES.get(method)
+        made: Sequence[Tables]
+        if granularity is None:
+            made = bank.learned(method) if method in READS else ()
+        elif granularity.spread is None or FORMS[calibration.form].coupled:
+            made = _tables(bank, method)
+        else:
+            tables, owners = _laid_out(bank, method)
+            made = ({**tables, "owners": owners},)
+        yield from (tensor for own in made for tensor in own.values())
+
+
 def _simplex(support: Support, weights: Tensor) -> Tensor:
     """rho (tasks,) over all of the bank's tasks, zero for those that take no part."""
     rho = weights.new_zeros(len(support.bank.tasks))
@@ -156,8 +177,12 @@ def _all_coefficients(bank: FactorBank, method: str, rho: Tensor) -> Tensor:
             for group, tables in zip(bank.groups, bank.learned(method), strict=True)
         ]
         return bank.flatten(found)
-    tables, owners = bank.keep(("flat", method), lambda: _flat(bank, method))
+    tables, owners = _laid_out(bank, method)
     return form.coefficients(tables, owners, rho)[0]
+
+
+def _laid_out(bank: FactorBank, method: str) -> tuple[Tables, Tensor]:
+    return bank.keep(("flat", method), lambda: _flat(bank, method))
 
 
 def _flat(bank: FactorBank, method: str) -> tuple[Tables, Tensor]:

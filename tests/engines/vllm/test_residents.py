@@ -165,11 +165,26 @@ def test_another_bank_in_the_same_memory_leaves_nothing_of_the_one_before(method
 def test_memory_is_that_of_its_tensors_and_grows_with_nothing() -> None:
     made = resident()
     before = made.nbytes
-    assert before == sum(tensor.nbytes for tensor in made._tensors())
     for method in METHODS:
         write(made, 0, ONE, method)
     made.load(BANK)
     assert made.nbytes == before
+
+
+def test_memory_counts_calibrations_and_what_follows_from_them() -> None:
+    without = replace(BANK, calibrations=())
+    learned = sum(t.nbytes for each in BANK.calibrations for t in each.tensors.values())
+    # As learned, and stacked by shape or side by side; and tara-b's joint bases.
+    assert resident(BANK).nbytes > resident(without).nbytes + 1.5 * learned
+
+
+def test_the_first_request_for_a_calibrated_merge_finds_everything_made() -> None:
+    made = resident()
+    assert made.bank is not None
+    before = set(made.bank._kept)
+    for method in ("tara-a", "tara-b", "adamerging", "core", "regmean"):
+        write(made, 0, {"ada": 0.5, "cyd": 0.75}, method)
+    assert set(made.bank._kept) == before
 
 
 def test_loading_forgets_which_merges_are_in_the_rows() -> None:
