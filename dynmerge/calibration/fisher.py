@@ -90,17 +90,6 @@ def ridged(blocks: Tensor, ridge: float) -> Tensor:
     return blocks + torch.diag_embed(ridge * diagonals + _least(diagonals))
 
 
-def sensitivities(blocks: Tensor, owners: Tensor) -> Tensor:
-    """h (members, tasks, W) of the form `ratio` from H's diagonals: log of H_j,kk over H_i,kk.
-
-    i is the owner of k.
-    """
-    diagonals = blocks.diagonal(dim1=-2, dim2=-1)
-    diagonals = diagonals + _least(diagonals)
-    own = diagonals.gather(1, owners.expand(len(blocks), 1, -1))
-    return (diagonals / own).log()
-
-
 def _least(diagonals: Tensor) -> Tensor:
     """(members, 1, 1): what is added to sensitivities (members, tasks, W)."""
     return (FLOOR * diagonals.mean((-2, -1), keepdim=True)).clamp(min=SMALLEST)

@@ -11,7 +11,7 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
-from dynmerge.calibration.fisher import information, ridged, sensitivities
+from dynmerge.calibration.fisher import information, ridged
 from dynmerge.merging.carried.granularity import GRANULARITIES
 from dynmerge.merging.carried.maps import gauss_newton, ratio
 from dynmerge.student import Student
@@ -169,6 +169,13 @@ def test_a_ridge_makes_every_block_positive_definite(
         before = blocks.diagonal(dim1=-2, dim2=-1)
         after = ridged(blocks, 1.0).diagonal(dim1=-2, dim2=-1)
         assert (after > 2 * before).all()
+
+
+def sensitivities(blocks: Tensor, owners: Tensor) -> Tensor:
+    """h (members, tasks, W) of the form `ratio`: log of H_j,kk over H_i,kk, i the owner of k."""
+    diagonals = ridged(blocks, 0).diagonal(dim1=-2, dim2=-1)
+    own = diagonals.gather(1, owners.expand(len(blocks), 1, -1))
+    return (diagonals / own).log()
 
 
 def test_at_a_large_ridge_gauss_newton_is_ratio_with_the_sensitivities(
