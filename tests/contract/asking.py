@@ -10,6 +10,8 @@ HEADER = "X-Dynmerge-Preference"
 PRESET_HEADER = "X-Dynmerge-Preset"
 METHOD_HEADER = "X-Dynmerge-Method"
 
+ASKED_OF_ALL = "ada=0.5, bob=0.3, dee=0.2"  # what every method is asked for
+
 GREEDY: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 

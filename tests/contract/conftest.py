@@ -8,13 +8,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
-from dynmerge.bank.bank import BaseIdentity
+from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
+from dynmerge.bank.calibration import AT
+from dynmerge.bank.edit import with_calibration
 from dynmerge.bank.storage import load_bank, save_bank
+from dynmerge.merging.demands import BEST
+from dynmerge.preference import Preference
+from tests.bank_factory import random_calibration, random_calibrations
 from tests.conftest import ADAPTERS, save_adapter, tiny_model, tiny_tokenizer
+from tests.contract.asking import ASKED_OF_ALL
 from tests.contract.server import HAS_VLLM, Served, running
 
 HEAD_DIM = 32  # the least that vLLM's attention takes on a CPU
@@ -49,8 +56,20 @@ def bank_folder(
     adapters = {name: load_adapter(folder, base) for name, folder in adapter_folders.items()}
     folder = tmp_path_factory.mktemp("banks") / "bank"
     bank = build_bank(BaseIdentity(base.name, base.fingerprint), adapters)
-    save_bank(bank, folder, source=str(base_folder))
+    save_bank(calibrated(bank), folder, source=str(base_folder))
     return folder
+
+
+def calibrated(bank: FactorBank) -> FactorBank:
+    """With calibrations that serve those who name them; without a name, it serves `linear`."""
+    for each in random_calibrations(bank):
+        if each.method not in BEST:
+            bank = with_calibration(bank, each)
+    rho = torch.tensor(Preference.parse(ASKED_OF_ALL).vector(bank.names))
+    only = random_calibration(
+        bank, "tara-a", lambda module: {"fixed": (sum(module.ranks),)}, "fixed", {AT: rho}
+    )
+    return with_calibration(bank, only)
 
 
 @pytest.fixture(scope="session", params=ENGINES)

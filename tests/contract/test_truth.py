@@ -21,7 +21,7 @@ from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
 from tests.conftest import ADAPTERS
 from tests.contract import oracle
-from tests.contract.asking import complete, merge_of, said, say
+from tests.contract.asking import ASKED_OF_ALL, complete, merge_of, said, say
 from tests.contract.server import Served
 from tests.merging.dense import written_out
 
@@ -36,7 +36,11 @@ MIXES: Mapping[str, Mapping[str, float]] = {
 }
 TELLING = {"logprobs": 1, "return_token_ids": True, "max_tokens": 12}
 # In the shared bases: dense cores of one kind and another. Outside them: factors of its own.
-METHODS = ("ties", "tsv-m", "pico+ties", "iso-c", "dare-ties;seed=3", "knots-ties")
+# And what the bank's calibrations say, as a diagonal and as cores.
+METHODS = (
+    *("ties", "tsv-m", "pico+ties", "iso-c", "dare-ties;seed=3", "knots-ties"),
+    *("tara-a", "tara-b", "core", "regmean"),
+)
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +91,7 @@ async def test_nothing_and_all_zero_are_the_base_model(
 async def test_methods_in_one_batch_say_what_their_merges_say(
     client: httpx.AsyncClient, served: Served, base_folder: Path
 ) -> None:
-    preference = Preference.parse("ada=0.5, bob=0.3, dee=0.2")
+    preference = Preference.parse(ASKED_OF_ALL)
     replies = await asyncio.gather(
         *(told(client, str(preference), method=method) for method in METHODS)
     )
