@@ -4,7 +4,9 @@ import pytest
 
 from study.cells import Cell
 from study.places import places
-from study.report import Suite, gap_closed, quality_of, replaced
+from study.report import quality_of, replaced
+from study.suite import Suite
+from study.tables import gap_closed
 
 
 def cell(method: str, task: str, right: list[int], at: str = "centre") -> Cell:
@@ -57,3 +59,26 @@ def test_places_are_preferences(tasks: int) -> None:
         assert rho.shape == (tasks,)
         assert float(rho.sum()) == pytest.approx(1)
         assert (rho >= 0).all()
+
+
+def test_a_row_says_how_many_seeds_it_has_and_is_compared_on_those() -> None:
+    cells = dict(suite(tuned=[1, 0, 1, 0], pico=[1, 1, 1, 0]).cells)
+    cells["tuned", "centre", "t", 1] = cell("tuned", "t", [1, 1, 1, 1])
+    lines = methods_table(Suite("encoder", cells)).splitlines()
+    assert [line.split(" | ")[3] for line in lines if "pico" in line] == ["1"]
+    assert "+25.0 [" in next(line for line in lines if "pico" in line)
+    assert [line.split(" | ")[3] for line in lines if "tuned" in line] == ["2"]
+
+
+def test_regret_is_the_share_of_the_gap_that_a_map_loses() -> None:
+    tasks, cells = "abcde", {}
+    for at, rho in places(len(tasks)).items():
+        for task, share in zip(tasks, rho.tolist(), strict=True):
+            for method, right in (("mean", 0), ("tara-a-map", 3), ("tara-a-for-each", 4)):
+                if share:
+                    rights = [1] * right + [0] * (8 - right)
+                    cells[method, at, task, 0] = cell(method, task, rights, at)
+    (row,) = regret_table(Suite("encoder", cells)).splitlines()[2:]
+    assert row.startswith("| tara-a | 0.000 [0.000, 0.000] | 0.375 [")
+    assert "| +12.5 [" in row
+    assert "| 0.250 [" in row
