@@ -6,7 +6,7 @@ from study.cells import Cell
 from study.places import places
 from study.report import quality_of, replaced
 from study.suite import Suite
-from study.tables import gap_closed
+from study.tables import gap_closed, methods_table, regret_table
 
 
 def cell(method: str, task: str, right: list[int], at: str = "centre") -> Cell:
@@ -65,9 +65,9 @@ def test_a_row_says_how_many_seeds_it_has_and_is_compared_on_those() -> None:
     cells = dict(suite(tuned=[1, 0, 1, 0], pico=[1, 1, 1, 0]).cells)
     cells["tuned", "centre", "t", 1] = cell("tuned", "t", [1, 1, 1, 1])
     lines = methods_table(Suite("encoder", cells)).splitlines()
-    assert [line.split(" | ")[3] for line in lines if "pico" in line] == ["1"]
+    assert [line.split(" | ")[3] for line in lines if "| pico" in line] == ["1"]
     assert "+25.0 [" in next(line for line in lines if "pico" in line)
-    assert [line.split(" | ")[3] for line in lines if "tuned" in line] == ["2"]
+    assert [line.split(" | ")[3] for line in lines if "| tuned" in line] == ["2"]
 
 
 def test_regret_is_the_share_of_the_gap_that_a_map_loses() -> None:
