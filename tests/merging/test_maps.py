@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from dynmerge.cli import Form as Offered
+from dynmerge.cli.commands.quality import Form as Offered
 from dynmerge.merging.carried.maps import FORMS, fixed, gauss_newton, pairs, ratio
 from tests import reference
 
