@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 
 from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.storage import add_calibration, load_bank
-from dynmerge.cli import main
 from dynmerge.merging.choice import parse_method
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from tests.cli.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 TASKS = """
 ada: {file: ada.jsonl, limit: 6}
 bob:
@@ -26,26 +24,8 @@ bob:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        code = ended.value.code
-        return (0 if code is None else int(code), *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def bank(
-    base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("banks") / "bank"
-    pairs = [f"--adapter={name}={adapter_folders[name]}" for name in ("ada", "bob", "cyd")]
-    with pytest.raises(SystemExit) as ended:
-        main(["build", str(base_folder), *pairs, "-o", str(folder)])
-    assert ended.value.code == 0
-    return folder
+def bank(built: Path) -> Path:
+    return built
 
 
 @pytest.fixture

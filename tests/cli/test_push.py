@@ -5,7 +5,7 @@ together in tests/engines/vllm/test_push.py.
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,10 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from dynmerge.bank.storage import save_bank
-from dynmerge.cli import main
 from tests.bank_factory import random_bank
+from tests.cli.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr
 LOAD = "/v1/load_lora_adapter"
 
 
@@ -84,12 +83,9 @@ def bank(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def push(server: Server, bank: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def push(server: Server, bank: Path, run: Run) -> Run:
     def call(*words: str, to: str = server.url) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["push", str(bank), "--preference", "ada=0.7, bob=0.3", "--to", to, *words])
-        code = ended.value.code
-        return (0 if code is None else int(code), *capsys.readouterr())
+        return run("push", bank, "--preference", "ada=0.7, bob=0.3", "--to", to, *words)
 
     return call
 

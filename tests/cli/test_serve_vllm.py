@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +13,12 @@ import pytest
 from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank
 from dynmerge.bank.storage import save_bank
-from dynmerge.cli import main
 from dynmerge.cli.serve_vllm import MAX_LORAS, Wanted, command, environment, shown
 from dynmerge.engines.vllm.config import CONTROL
 from dynmerge.errors import BaseModelError, ConfigError
 from tests.bank_factory import random_adapters
+from tests.cli.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr
 VARIABLES = ("DYNMERGE_API_KEY", "VLLM_API_KEY", "VLLM_PLUGINS")
 BASE = ["--base", "org/tiny"]
 
@@ -28,17 +27,6 @@ BASE = ["--base", "org/tiny"]
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        code = ended.value.code
-        return (0 if code is None else int(code), *capsys.readouterr())
-
-    return call
 
 
 def small_bank() -> FactorBank:

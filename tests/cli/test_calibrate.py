@@ -5,8 +5,9 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,12 @@ from dynmerge.merging.merge import merge
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
-
-Run = Callable[..., tuple[int, str, str]]
-NAMES = ("ada", "bob", "cyd")
+from tests.cli.conftest import NAMES, Run
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["calibrate", *map(str, words)])
-        code = ended.value.code
-        return (0 if code is None else int(code), *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def built(
-    base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("banks") / "bank"
-    pairs = [f"--adapter={name}={adapter_folders[name]}" for name in NAMES]
-    with pytest.raises(SystemExit) as ended:
-        main(["build", str(base_folder), *pairs, "-o", str(folder)])
-    assert ended.value.code == 0
-    return folder
+def run(run: Run) -> Run:
+    return partial(run, "calibrate")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,26 +18,14 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
 from dynmerge.bank.storage import load_bank, read_manifest
-from dynmerge.cli import main
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.methods import METHODS, SCALE, STEPS
 from tests import reference
+from tests.cli.conftest import Run, exit_code
 
-Run = Callable[..., tuple[int, str, str]]  # exit code, stdout, stderr
 PREFERENCE = "ada=0.5, bob=0.2, dee=0.3"
 WEIGHTS = {"ada": 0.5, "bob": 0.2, "dee": 0.3}
 PROMPT = torch.arange(3, 40).reshape(1, -1)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        code = ended.value.code
-        return (0 if code is None else int(code), *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +44,7 @@ def bank(
     base_folder: Path, adapter_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("banks") / "bank"
-    with pytest.raises(SystemExit) as ended:
-        main(build_words(base_folder, adapter_folders, folder))
-    assert ended.value.code == 0
+    assert exit_code(*build_words(base_folder, adapter_folders, folder)) == 0
     return folder
 
 
