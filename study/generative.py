@@ -39,6 +39,8 @@ SEEDS = (SHIPPED, 21, 22)
 # Of each skill: unlabelled text to learn from, rows to tune on, rows that guard a calibration,
 # rows to test on.
 CALIBRATION, VALIDATION, GUARD, TEST = 64, 12, 6, 40
+# A labelled row is one prediction, where an answer is some thirty: three times as many of those.
+LABELLED = 3
 
 
 def adapters(seed: int) -> Path:
@@ -71,11 +73,16 @@ def bench(seed: int) -> Bench:
     validation = {skill: asked(skill, "validation") for skill in SKILLS}
     splits = {
         "calibration": {skill: Part(asked(skill, "train"), CALIBRATION) for skill in SKILLS},
-        "validation": {skill: Part(validation[skill], VALIDATION) for skill in SKILLS},
-        "guard": {skill: Part(validation[skill], GUARD) for skill in SKILLS},
-        "test": {skill: Part(asked(skill, "test"), TEST) for skill in SKILLS},
+        "validation": {skill: Part(validation[skill], size(skill, VALIDATION)) for skill in SKILLS},
+        "guard": {skill: Part(validation[skill], size(skill, GUARD)) for skill in SKILLS},
+        "test": {skill: Part(asked(skill, "test"), size(skill, TEST)) for skill in SKILLS},
     }
     return Bench("generative", seed, student, splits, {}, shorter)
+
+
+def size(skill: str, of_answers: int) -> int:
+    """How many rows of a skill count where skills that answer have `of_answers`."""
+    return of_answers * (LABELLED if skill in LABELS else 1)
 
 
 def shorter(plan: Plan) -> Plan:

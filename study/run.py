@@ -50,7 +50,7 @@ GENERATIVE = [
     "core-map",
 ]
 # And these away from the centre, where every preference costs as much again.
-GENERATIVE_AWAY = ("mean", "linear-p4", "tara-a-map", "adamerging-map", "core-map")
+GENERATIVE_AWAY = ("mean", "tara-a-map", "adamerging-map", "core-map")
 # These ask one question each, of the first encoder seed: what would another setting have gained?
 ONCE = ("tara-a-tchebycheff", "tara-a-published", "tara-b-map", *FORM_ROWS)
 
