@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from study.sources import cache_folder
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One method at one preference on one task: of each example, predictions and right ones."""
+    """One method at one preference on one task: of each example, predictions and right ones.
+
+    `seconds` are CPU-seconds of the method's whole row on this seed, its tuning or training in it.
+    """
 
     method: str
     at: str
@@ -22,6 +24,7 @@ class Cell:
     counts: list[int]
     nats: float
     chosen: object
+    seconds: float = 0.0
 
     @property
     def accuracy(self) -> float:
@@ -30,7 +33,7 @@ class Cell:
 
     def to_json(self, seconds: float) -> Mapping[str, object]:
         """As one line, with the row's CPU-seconds."""
-        return {**asdict(self), "seconds": round(seconds, 1)}
+        return asdict(replace(self, seconds=round(seconds, 1)))
 
 
 def cells_file(suite: str, seed: int) -> Path:
@@ -46,9 +49,4 @@ def read_cells(suite: str, seed: int) -> list[Cell]:
     if not path.is_file():
         return []
     lines = path.read_text("utf-8").splitlines()
-    return [_cell(json.loads(line)) for line in lines]
-
-
-def _cell(fields: dict[str, Any]) -> Cell:
-    fields.pop("seconds")
-    return Cell(**fields)
+    return [Cell(**json.loads(line)) for line in lines]

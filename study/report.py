@@ -16,7 +16,14 @@ from dynmerge.evaluation.bootstrap import Estimate
 from study.places import CENTRE
 from study.run import SUITES
 from study.suite import DEFAULT, Suite
-from study.tables import aims_table, fronts_table, methods_table, preferences_table, regret_table
+from study.tables import (
+    aims_table,
+    cost_table,
+    fronts_table,
+    methods_table,
+    preferences_table,
+    regret_table,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 ALIASES = {"default": DEFAULT}
@@ -26,6 +33,7 @@ TABLES = {
     "regret": regret_table,
     "fronts": fronts_table,
     "aims": aims_table,
+    "cost": cost_table,
 }
 
 

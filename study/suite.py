@@ -51,6 +51,12 @@ class Suite:
         """All tasks."""
         return sorted({task for _, _, task, _ in self.cells})
 
+    @property
+    def seconds(self) -> float:
+        """CPU-seconds of all rows on all seeds: tuning, training and tests."""
+        spent = {(method, seed): cell.seconds for (method, _, _, seed), cell in self.cells.items()}
+        return sum(spent.values())
+
     def methods(self, at: str = CENTRE) -> list[str]:
         """Measured at one preference on any seed, in the order of the rows."""
         found = {method for method, where, _, _ in self.cells if where == at}

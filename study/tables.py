@@ -160,6 +160,12 @@ def aims_table(suite: Suite) -> str:
     return markdown(["question", "points of accuracy, or share", "seeds"], rows)
 
 
+def cost_table(suite: Suite) -> str:
+    """What the suite's rows took."""
+    rows = len({(method, seed) for method, _, _, seed in suite.cells})
+    return f"{rows} rows in {suite.seconds / 3600:.1f} CPU-hours, one thread each."
+
+
 def gap_closed(suite: Suite, method: str) -> Interval | None:
     """(method - tuned) / (single - tuned), over the seeds that the method has."""
     seeds = suite.seeds_of(method)
