@@ -32,7 +32,7 @@ Maker = Callable[[Tensor], Made]
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """`splits`: calibration, validation and test -> skill -> examples.
+    """`splits`: calibration, guard, validation and test -> skill -> examples.
 
     `others` are banks of adapters trained another way, each on the same model: the joint adapter,
     those begun as OSRM says. `pace` is what the suite can pay of a calibration's plan.

@@ -1,8 +1,9 @@
 """Maps from preference to coefficients that the study compares with the ones dynmerge serves.
 
 Affine and product are proposals for TARA's phi(rho), neither exact where one skill is alone; the
-network is what PWE-MoE (arXiv:2406.09770) does, made exact there; corners interpolates what was
-found for each skill alone.
+network is what PWE-MoE (arXiv:2406.09770) does, made exact there. Interpolation of what was found
+for each skill alone needs no form: under distillation that is the skill itself, and the merge
+`linear`.
 """
 
 from collections.abc import Mapping

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from dynmerge.calibration.plan import PULLS, Objective, Plan
 
-FIXED_STEPS = 40
+FEW_STEPS = 40
 
 
 def at_centre(method: str, objective: Objective) -> Plan:
-    """Free coefficients at the uniform preference. An empty `at` stands for that of the bench."""
-    return reference_plan(method, (), objective)
+    """Free coefficients at the uniform preference, in fewer steps than a map needs."""
+    return replace(reference_plan(method, objective), steps=FEW_STEPS, check=FEW_STEPS // 2)
 
 
-def reference_plan(method: str, at: tuple[float, ...], objective: Objective = "distil") -> Plan:
-    """Free coefficients at one preference."""
-    return Plan(method, "fixed", objective, at=at, steps=FIXED_STEPS, check=FIXED_STEPS // 2)
+def reference_plan(method: str, objective: Objective = "distil") -> Plan:
+    """Free coefficients at one preference, in as many steps as a map for all."""
+    return Plan(method, "fixed", objective, pull=PULLS.get(method, 0.0))
 
 
 def for_all(method: str, form: str = "ratio", rate: float | None = None) -> Plan:

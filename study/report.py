@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dynmerge.evaluation.bootstrap import Estimate
 from study.places import CENTRE
-from study.run import SUITES
 from study.suite import DEFAULT, Suite
+from study.suites import SUITES
 from study.tables import (
     aims_table,
     cost_table,

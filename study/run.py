@@ -1,6 +1,6 @@
 """Run the study: every row on every seed of every suite, two one-thread processes at a time.
 
-    python -m study.run                       # what is not there yet, then the report
+    python -m study.run                       # what is not there yet
     python -m study.run --suite encoder --seed 0 --only pico,tuned
 
 Results are kept row by row in the cache, so that a run that was stopped goes on where it was.
@@ -14,45 +14,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from dynmerge.evaluation.scores import Score
 from dynmerge.evaluation.simplex import even_grid
-from study.bench import Bench, Maker
+from study.bench import Bench, Made
 from study.cells import Cell, cells_file, read_cells
-from study.methods import ALL, FORM_ROWS, ROWS, Row, single, trained
+from study.methods import FORM_ROWS, ROWS, Row, single, trained
 from study.places import CENTRE, grid_skills, places
 from study.plans import reference_plan
+from study.suites import GRID, GRID_STEPS, GRIDS, OTHER_BANKS, REFERENCES, SUITES
 
-SUITES: Mapping[str, Sequence[int]] = {"encoder": (0, 1, 2), "generative": (20, 21, 22)}
-GRID, GRID_STEPS = "grid:", 4
-GRID_ROWS = ("mean", "linear-p4", "adamerging-rho-scaled", "tara-a-map")
-# Adapters trained another way: for the generative suite there are none.
-OTHERS = {"encoder": ("joint", "osrm-mean", "osrm-p4"), "generative": ()}
-FIRST = {suite: seeds[0] for suite, seeds in SUITES.items()}
-# A generative row costs fifty encoder's: these on every seed, all others on the first alone.
-GENERATIVE = [
-    "zero-shot",
-    "mean",
-    "mean-gamma",
-    "linear-p4",
-    "ratio-start",
-    "tuned",
-    "s-only",
-    "pico",
-    "pico-tuned",
-    "tsv-m-p6",
-    "adamerging-map",
-    "tara-a-map",
-    "core-map",
-]
-# And these away from the centre, where every preference costs as much again.
-GENERATIVE_AWAY = ("mean", "tara-a-map", "adamerging-map", "core-map")
-# These ask one question each, of the first encoder seed: what would another setting have gained?
-ONCE = ("tara-a-tchebycheff", "tara-a-published", "tara-b-map", *FORM_ROWS)
+# A row's name and the bench -> its cells.
+Measure = Callable[[str, Bench], Iterator[Cell]]
 
 
 def main() -> None:
@@ -63,13 +42,18 @@ def main() -> None:
     parser.add_argument("--only", help="these rows, with commas between")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    only = set(options.only.split(",")) if options.only else None
+    only = frozenset(options.only.split(",")) if options.only else frozenset(MEASURES)
     wanted = [
         (suite, seed)
-        for suite, seeds in SUITES.items()
-        for seed in seeds
+        for suite, scope in SUITES.items()
+        for seed in scope.seeds
         if options.suite in (None, suite) and options.seed in (None, seed)
     ]
+    if not wanted:
+        seeds = {name: scope.seeds for name, scope in SUITES.items()}
+        parser.error(f"no suite has the seed {options.seed} (there are: {seeds})")
+    if unknown := sorted(only - set(MEASURES)):
+        parser.error(f"no row {unknown[0]!r} (there are: {', '.join(MEASURES)})")
     if len(wanted) == 1:
         torch.set_num_threads(1)
         run(*wanted[0], only)
@@ -85,38 +69,23 @@ def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
-def run(suite: str, seed: int, only: set[str] | None) -> None:
+def run(suite: str, seed: int, only: frozenset[str]) -> None:
     """Every row that is not there yet, one after the other."""
-    rows = rows_of(suite, seed)
     done = {cell.method for cell in read_cells(suite, seed)}
-    todo = [
-        name
-        for name in ("single", *rows, *OTHERS[suite], *references(suite, seed))
-        if name not in done and (only is None or name in only)
-    ]
+    todo = [name for name in SUITES[suite].rows(seed) if name in only and name not in done]
     if not todo:
         return
     bench = open_bench(suite, seed)
     for name in todo:
         started = time.process_time()
-        cells = list(measured(bench, name, rows))
+        cells = list(MEASURES[name](name, bench))
         spent = time.process_time() - started
+        lines = [json.dumps(cell.to_json(spent)) + "\n" for cell in cells]
         with cells_file(suite, seed).open("a", encoding="utf-8") as file:
-            for cell in cells:
-                file.write(json.dumps(cell.to_json(spent)) + "\n")
+            file.write("".join(lines))  # whole, or a row that was cut would count as measured
         centre = [cell.accuracy for cell in cells if cell.at == CENTRE]
         mean = sum(centre) / len(centre) if centre else float("nan")
         print(f"{suite} {seed} {name}: {mean:.4f} ({spent:.0f} CPU-s)", file=sys.stderr, flush=True)
-
-
-def rows_of(suite: str, seed: int) -> dict[str, Row]:
-    """The rows measured on one seed."""
-    every = {**ROWS, **FORM_ROWS}
-    if suite == "generative":
-        left_out = set(ONCE) if seed == FIRST[suite] else set(every) - set(GENERATIVE)
-    else:
-        left_out = set() if seed == FIRST[suite] else set(ONCE)
-    return {name: row for name, row in every.items() if name not in left_out}
 
 
 def open_bench(suite: str, seed: int) -> Bench:
@@ -130,65 +99,54 @@ def open_bench(suite: str, seed: int) -> Bench:
     return generative.bench(seed)
 
 
-def references(suite: str, seed: int) -> list[str]:
-    """Rows of the encoder's first seed: optimised for one preference each, and fronts on a grid."""
-    if (suite, seed) != ("encoder", FIRST["encoder"]):
-        return []
-    each = [f"{method}-for-each" for method in ("tara-a", "core")]
-    return each + [f"{GRID}{name}" for name in GRID_ROWS]
+def alone(name: str, bench: Bench) -> Iterator[Cell]:
+    """Every skill under its own adapter."""
+    for task, only in enumerate(torch.eye(len(bench.bank.names))):
+        yield from scored(bench, name, CENTRE, single(bench, task), only, None)
 
 
-def measured(bench: Bench, name: str, rows: Mapping[str, Row]) -> Iterator[Cell]:
-    """The cells of one row."""
-    if name == "single":
-        for task, skill in enumerate(bench.bank.names):
-            rho = torch.nn.functional.one_hot(torch.tensor(task), len(bench.bank.names)).float()
-            found = bench.test(single(bench, task), rho)
-            yield cell(name, CENTRE, skill, found[skill], None)
-    elif name.endswith("-for-each"):
-        for where, rho in places(len(bench.bank.names)).items():
-            plan = reference_plan(name.removesuffix("-for-each"), tuple(rho.tolist()))
-            best, _ = trained(bench, plan)
-            for skill, score in bench.test(best.cores(rho), rho).items():
-                yield cell(name, where, skill, score, None)
-    elif name.startswith(GRID):
-        yield from on_grid(bench, name, rows[name.removeprefix(GRID)])
-    elif name in OTHERS[bench.suite]:
-        from study.other_banks import other_scores
-
-        for skill, score in other_scores(bench, name).items():
-            yield cell(name, CENTRE, skill, score, None)
-    else:
-        row = rows[name]
-        maker, chosen = row.make(bench)
-        everywhere = (
-            row.where == ALL
-            and bench.seed == FIRST[bench.suite]
-            and (bench.suite != "generative" or name in GENERATIVE_AWAY)
-        )
-        yield from at_preferences(bench, name, maker, chosen, everywhere)
-
-
-def on_grid(bench: Bench, name: str, row: Row) -> Iterator[Cell]:
-    """One method on an even grid between three skills; those alone count as their adapters."""
+def by_row(row: Row, name: str, bench: Bench) -> Iterator[Cell]:
+    """One method at the centre, and elsewhere where that is asked for."""
     maker, chosen = row.make(bench)
-    names = bench.bank.names
-    for preference in even_grid(grid_skills(names), GRID_STEPS):
-        rho = torch.tensor(preference.vector(names))
-        made = maker(rho)
-        with_all = torch.tensor([float(one in grid_skills(names)) for one in names])
-        for skill, score in bench.test(made, with_all).items():
-            yield cell(name, str(preference), skill, score, chosen)
-
-
-def at_preferences(
-    bench: Bench, name: str, maker: Maker, chosen: object, everywhere: bool
-) -> Iterator[Cell]:
-    """One maker at the centre, or at all preferences."""
+    scope = SUITES[bench.suite]
+    elsewhere = name in scope.away and bench.seed == scope.seeds[0]
     for where, rho in places(len(bench.bank.names)).items():
-        if where == CENTRE or everywhere:
-            for skill, score in bench.test(maker(rho), rho).items():
-                yield cell(name, where, skill, score, chosen)
+        if where == CENTRE or elsewhere:
+            yield from scored(bench, name, where, maker(rho), rho, chosen)
+
+
+def for_each(name: str, bench: Bench) -> Iterator[Cell]:
+    """Coefficients optimised for one preference after the other."""
+    plan = reference_plan(name.removesuffix("-for-each"))
+    for where, rho in places(len(bench.bank.names)).items():
+        found = trained(bench, plan, at=rho)
+        yield from scored(bench, name, where, found.best.cores(rho), rho, {"checks": found.checks})
+
+
+def on_grid(name: str, bench: Bench) -> Iterator[Cell]:
+    """One method on an even grid between three skills; those alone count as their adapters."""
+    maker, chosen = {**ROWS, **FORM_ROWS}[name.removeprefix(GRID)].make(bench)
+    skills = bench.bank.names
+    three = torch.tensor([float(skill in grid_skills(skills)) for skill in skills])
+    for preference in even_grid(grid_skills(skills), GRID_STEPS):
+        made = maker(torch.tensor(preference.vector(skills)))
+        yield from scored(bench, name, str(preference), made, three, chosen)
+
+
+def of_other_bank(name: str, bench: Bench) -> Iterator[Cell]:
+    """Adapters that were trained another way."""
+    from study.other_banks import other_scores
+
+    for skill, score in other_scores(bench, name).items():
+        yield cell(name, CENTRE, skill, score, None)
+
+
+def scored(
+    bench: Bench, name: str, at: str, made: Made, rho: Tensor, chosen: object
+) -> Iterator[Cell]:
+    """Cells of the skills that `rho` does not leave out."""
+    for skill, score in bench.test(made, rho).items():
+        yield cell(name, at, skill, score, chosen)
 
 
 def cell(method: str, at: str, task: str, score: Score, chosen: object) -> Cell:
@@ -202,6 +160,15 @@ def cell(method: str, at: str, task: str, score: Score, chosen: object) -> Cell:
         float(score.nats.sum()),
         chosen,
     )
+
+
+MEASURES: Mapping[str, Measure] = {
+    "single": alone,
+    **{name: partial(by_row, row) for name, row in {**ROWS, **FORM_ROWS}.items()},
+    **dict.fromkeys(REFERENCES, for_each),
+    **dict.fromkeys(GRIDS, on_grid),
+    **dict.fromkeys(OTHER_BANKS, of_other_bank),
+}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,7 +14,7 @@ from dynmerge.merging.demands import BEST
 from study.cells import Cell, read_cells
 from study.methods import FORM_ROWS, ROWS
 from study.places import CENTRE, places
-from study.run import SUITES
+from study.suites import SUITES
 
 # The row of what dynmerge serves where a bank carries it: BEST[0] of merging/demands.py.
 DEFAULT = f"{BEST[0]}-map"
@@ -31,15 +31,17 @@ class Suite:
 
     @classmethod
     def read(cls, name: str) -> Suite:
-        """All seeds that were measured."""
-        return cls(
-            name,
-            {
-                (cell.method, cell.at, cell.task, seed): cell
-                for seed in SUITES[name]
-                for cell in read_cells(name, seed)
-            },
-        )
+        """All seeds that were measured. Raises ValueError where rows saw other examples."""
+        cells = {
+            (cell.method, cell.at, cell.task, seed): cell
+            for seed in SUITES[name].seeds
+            for cell in read_cells(name, seed)
+        }
+        counts: dict[str, list[int]] = {}
+        for (method, _, task, seed), cell in cells.items():
+            if counts.setdefault(task, cell.counts) != cell.counts:
+                raise ValueError(f"{name} {seed} {method}: other examples of {task} than before")
+        return cls(name, cells)
 
     @property
     def seeds(self) -> list[int]:
@@ -84,20 +86,32 @@ class Suite:
         missing.
         """
         wanted = self.seeds if seeds is None else seeds
-        found = [self.estimate(method, task, seed) for task in self.tasks for seed in wanted]
-        present = [one for one in found if one is not None]
-        return mean(present) if len(present) == len(found) and found else None
+        found = complete(
+            [self.estimate(method, task, seed) for task in self.tasks for seed in wanted]
+        )
+        return mean(found) if found else None
 
     def weighted(self, method: str, at: str, seed: int) -> Estimate | None:
         """The accuracies at one of `places`, weighted by that preference."""
         rho = places(len(self.tasks))[at]
         shares = [(task, float(w)) for task, w in zip(self.tasks, rho, strict=True) if w]
-        found = [self.estimate(method, task, seed, at) for task, _ in shares]
-        present = [one for one in found if one is not None]
-        if len(present) < len(found):
+        found = complete([self.estimate(method, task, seed, at) for task, _ in shares])
+        if found is None:
             return None
         weights = torch.tensor([w for _, w in shares], dtype=torch.float64)
-        return combined(present, lambda each: (each * weights).sum(-1))
+        return combined(found, lambda each: (each * weights).sum(-1))
+
+    def everywhere(self, method: str, seed: int) -> Estimate | None:
+        """The mean of that over all places."""
+        found = complete([self.weighted(method, at, seed) for at in places(len(self.tasks))])
+        return mean(found) if found else None
+
+
+def complete(found: Iterable[Estimate | None]) -> list[Estimate] | None:
+    """The same, or None if any is missing."""
+    listed = list(found)
+    present = [one for one in listed if one is not None]
+    return present if len(present) == len(listed) else None
 
 
 @cache

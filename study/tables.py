@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -11,9 +11,10 @@ from dynmerge.evaluation.front import hypervolume, monotonicity
 from dynmerge.evaluation.simplex import even_grid
 from study.methods import FORM_ROWS, ROWS
 from study.places import grid_skills, places
-from study.run import FIRST, GRID, GRID_ROWS, GRID_STEPS
-from study.suite import DEFAULT, Suite
+from study.suite import DEFAULT, Suite, complete
+from study.suites import GRID, GRID_STEPS, GRIDS, SUITES
 
+ALONE = ", both for the uniform preference alone"
 DIFFERENCES = (
     ("Pico over the mean", "pico", "mean"),
     ("mean with its norm restored over the mean", "mean-gamma", "mean"),
@@ -22,15 +23,11 @@ DIFFERENCES = (
     ("the default over tuned Task Arithmetic", DEFAULT, "tuned"),
     ("the default over the joint adapter", DEFAULT, "joint"),
     ("TARA-A's map over one weight per task and module's", "tara-a-map", "adamerging-map"),
-    ("the free core's map over it", "core-map", "adamerging-map"),
-    ("TARA-A over it, both for the centre alone", "tara-a-distil", "adamerging-distil"),
-    ("TARA-B over it, both for the centre alone", "tara-b-distil", "adamerging-distil"),
-    ("the free core over it, both for the centre alone", "core-distil", "adamerging-distil"),
-    (
-        "one weight per task under it, both for the centre alone",
-        "per-task-distil",
-        "adamerging-distil",
-    ),
+    ("the free core's map over one weight per task and module's", "core-map", "adamerging-map"),
+    (f"TARA-A over one weight per task and module{ALONE}", "tara-a-distil", "adamerging-distil"),
+    (f"TARA-B over one weight per task and module{ALONE}", "tara-b-distil", "adamerging-distil"),
+    (f"a free core over one weight per task and module{ALONE}", "core-distil", "adamerging-distil"),
+    (f"one per task and module over one per task{ALONE}", "adamerging-distil", "per-task-distil"),
     ("TARA-A by entropy over tuned", "tara-a-entropy", "tuned"),
     ("TARA-A by labels over TARA-A by distillation", "tara-a-labels", "tara-a-distil"),
     ("OSRM's adapters over the others, by `linear`", "osrm-mean", "mean"),
@@ -40,107 +37,91 @@ GAPS = (DEFAULT, "adamerging-map", "core-map", "tara-a-distil", "core-distil")
 
 
 def methods_table(suite: Suite) -> str:
-    """Accuracy at the uniform preference, by task, and the average over the seeds there are."""
-    rows = []
+    """Accuracy at the uniform preference, by task, by seed, and their average."""
+    known, rows = {**ROWS, **FORM_ROWS}, []
     for method in suite.methods():
         seeds = suite.seeds_of(method)
-        average = suite.average(method, seeds) if seeds else None
+        average = suite.average(method, seeds)
         if average is None:
             continue
         tuned = suite.average("tuned", seeds)
         over = signed(difference(average, tuned).interval()) if tuned is not None else ""
         by_task = [task_mean(suite, method, task, seeds) for task in suite.tasks]
-        known = {**ROWS, **FORM_ROWS}
         data = known[method].data if method in known else ""
-        rows.append([method, data, *by_task, str(len(seeds)), brackets(average.interval()), over])
-    return markdown(["method", "data", *suite.tasks, "seeds", "average", "over tuned"], rows)
+        by_seed = " ".join(values_by_seed(suite, method, seeds))
+        rows.append([method, data, *by_task, by_seed, str(average.interval()), over])
+    return markdown(["method", "data", *suite.tasks, "by seed", "average", "over tuned"], rows)
 
 
 def task_mean(suite: Suite, method: str, task: str, seeds: Sequence[int]) -> str:
     """The mean over seeds."""
-    found = [suite.estimate(method, task, seed) for seed in seeds]
-    values = [one.value for one in found if one is not None]
-    return f"{sum(values) / len(values):.3f}"
+    found = complete([suite.estimate(method, task, seed) for seed in seeds]) or []
+    return f"{mean(found).value:.3f}"
+
+
+def values_by_seed(suite: Suite, method: str, seeds: Sequence[int]) -> list[str]:
+    """The average over tasks, seed by seed."""
+    found = complete([suite.average(method, [seed]) for seed in seeds]) or []
+    return [f"{one.value:.3f}" for one in found]
 
 
 def preferences_table(suite: Suite) -> str:
     """Preference-weighted accuracy of what is measured away from the centre, first seed."""
-    seed, wanted = FIRST[suite.name], places(len(suite.tasks))
+    seed, wanted = SUITES[suite.name].seeds[0], places(len(suite.tasks))
     rows = []
     for method in suite.methods("mixed"):
         found = [suite.weighted(method, at, seed) for at in wanted]
-        present = [one for one in found if one is not None]
-        average = f"{mean(present).value:.3f}" if len(present) == len(found) else ""
-        rows.append(
-            [method, *("" if one is None else f"{one.value:.3f}" for one in found), average]
-        )
+        average = suite.everywhere(method, seed)
+        cells = ["" if one is None else f"{one.value:.3f}" for one in (*found, average)]
+        rows.append([method, *cells])
     return markdown(["method", *wanted, "average"], rows)
 
 
 def regret_table(suite: Suite) -> str:
     """What a map loses to coefficients optimised for each preference alone, over all places."""
-    rows = []
+    rows, seed = [], SUITES[suite.name].seeds[0]
     for method in ("tara-a", "core"):
-        found = [
-            everywhere(suite, name) for name in (f"{method}-map", f"{method}-for-each", "mean")
-        ]
-        served, each, linear = found
-        if served is None or each is None or linear is None:
+        names = ("mean", f"{method}-map", f"{method}-for-each")
+        found = complete([suite.everywhere(name, seed) for name in names])
+        if found is None:
             continue
-        lost = combined([each, served, linear], gap_lost)
+        linear, served, each = found
         rows.append(
             [
                 method,
-                *(brackets(one.interval()) for one in (linear, served, each)),
+                *(str(one.interval()) for one in found),
                 signed(difference(each, served).interval()),
-                brackets(lost.interval()),
+                str(combined([each, served, linear], gap_lost).interval()),
             ]
         )
     head = ["method", "linear", "its map", "for each alone", "regret, points", "of the gap"]
     return markdown(head, rows)
 
 
-def everywhere(suite: Suite, method: str) -> Estimate | None:
-    """The mean over places of the weighted accuracy, first seed."""
-    found = [suite.weighted(method, at, FIRST[suite.name]) for at in places(len(suite.tasks))]
-    present = [one for one in found if one is not None]
-    return mean(present) if len(present) == len(found) else None
-
-
-def gap_lost(each: Tensor) -> Tensor:
+def gap_lost(three: Tensor) -> Tensor:
     """(optimised - map) / (optimised - linear), of those three."""
-    return (each[..., 0] - each[..., 1]) / (each[..., 0] - each[..., 2])
+    return (three[..., 0] - three[..., 1]) / (three[..., 0] - three[..., 2])
 
 
 def fronts_table(suite: Suite) -> str:
     """What each method's grid of preferences reaches: its hypervolume, and how monotone it is."""
-    seed, skills = FIRST[suite.name], grid_skills(suite.tasks)
-    grid = even_grid(skills, GRID_STEPS)
-    rows, first = [], None
-    for name in GRID_ROWS:
+    seed, skills = SUITES[suite.name].seeds[0], grid_skills(suite.tasks)
+    grid, rows, first = even_grid(skills, GRID_STEPS), [], None
+    for name in GRIDS:
         found = [
-            {skill: suite.estimate(f"{GRID}{name}", skill, seed, str(one)) for skill in skills}
+            complete([suite.estimate(name, skill, seed, str(one)) for skill in skills])
             for one in grid
         ]
-        points = present_points(found)
-        if points is None:
+        points = [dict(zip(skills, point, strict=True)) for point in found if point is not None]
+        if len(points) < len(grid):
             continue
         volume, steps = hypervolume(points), monotonicity(grid, points)
         over = "" if first is None else signed(difference(volume, first).interval())
         first = first or volume
-        within = f"{steps.within}/{steps.steps}"
-        rows.append([name, brackets(volume.interval()), over, within, f"{steps.as_measured}"])
+        held = f"{steps.within}/{steps.steps}", str(steps.as_measured)
+        rows.append([name.removeprefix(GRID), str(volume.interval()), over, *held])
     head = ["method", "hypervolume", "over the first (x 100)"]
     return markdown([*head, "steps that keep it, within", "as measured"], rows)
-
-
-def present_points(
-    found: Sequence[Mapping[str, Estimate | None]],
-) -> list[dict[str, Estimate]] | None:
-    """The same, if nothing is missing."""
-    if any(one is None for point in found for one in point.values()):
-        return None
-    return [{skill: one for skill, one in point.items() if one} for point in found]
 
 
 def aims_table(suite: Suite) -> str:
@@ -148,16 +129,27 @@ def aims_table(suite: Suite) -> str:
     rows = []
     for words, first, second in DIFFERENCES:
         seeds = [seed for seed in suite.seeds_of(first) if seed in suite.seeds_of(second)]
-        pair = suite.average(first, seeds), suite.average(second, seeds)
-        if pair[0] is not None and pair[1] is not None:
-            found = signed(difference(pair[0], pair[1]).interval())
-            rows.append([words, found, str(len(seeds))])
+        whole = difference_of(suite, first, second, seeds)
+        if whole is not None:
+            each = complete([difference_of(suite, first, second, [seed]) for seed in seeds]) or []
+            told = " ".join(f"{100 * one.value:+.1f}" for one in each)
+            rows.append([words, signed(whole.interval()), told])
     for method in GAPS:
-        closed = gap_closed(suite, method)
+        seeds = suite.seeds_of(method)
+        closed = gap_closed(suite, method, seeds)
         if closed is not None:
+            each = complete([gap_closed(suite, method, [seed]) for seed in seeds]) or []
             words = f"share of the gap from tuned to single that {method} closes"
-            rows.append([words, brackets(closed), str(len(suite.seeds_of(method)))])
-    return markdown(["question", "points of accuracy, or share", "seeds"], rows)
+            rows.append(
+                [words, str(closed.interval()), " ".join(f"{one.value:.2f}" for one in each)]
+            )
+    return markdown(["question", "points of accuracy, or share", "by seed"], rows)
+
+
+def difference_of(suite: Suite, first: str, second: str, seeds: Sequence[int]) -> Estimate | None:
+    """The first method's average less the second's."""
+    pair = complete([suite.average(first, seeds), suite.average(second, seeds)])
+    return difference(*pair) if pair else None
 
 
 def cost_table(suite: Suite) -> str:
@@ -166,22 +158,15 @@ def cost_table(suite: Suite) -> str:
     return f"{rows} rows in {suite.seconds / 3600:.1f} CPU-hours, one thread each."
 
 
-def gap_closed(suite: Suite, method: str) -> Interval | None:
-    """(method - tuned) / (single - tuned), over the seeds that the method has."""
-    seeds = suite.seeds_of(method)
-    found = [suite.average(name, seeds) for name in (method, "tuned", "single")]
-    if any(one is None for one in found):
-        return None
-    present = [one for one in found if one is not None]
-    ratio: Callable[[Tensor], Tensor] = lambda all: (  # noqa: E731 - one expression of three
-        (all[..., 0] - all[..., 1]) / (all[..., 2] - all[..., 1])
-    )
-    return combined(present, ratio).interval()
+def gap_closed(suite: Suite, method: str, seeds: Sequence[int]) -> Estimate | None:
+    """(method - tuned) / (single - tuned)."""
+    found = complete([suite.average(name, seeds) for name in (method, "tuned", "single")])
+    return combined(found, share_of_gap) if found else None
 
 
-def brackets(interval: Interval) -> str:
-    """`.812 [.801, .823]`."""
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def share_of_gap(three: Tensor) -> Tensor:
+    """(what - from) / (to - from), of those three."""
+    return (three[..., 0] - three[..., 1]) / (three[..., 2] - three[..., 1])
 
 
 def signed(interval: Interval) -> str:

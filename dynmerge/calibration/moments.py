@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynmerge.calibration.teachers import alone
 from dynmerge.student import Student
-from dynmerge.texts.batches import alike
+from dynmerge.texts.batches import batches
 from dynmerge.texts.examples import Examples
 
 
@@ -31,6 +31,6 @@ def second_moments(
             counts[module, task] += len(z)
 
         with student.under(alone(student.bank, task)), student.watching(see):
-            for rows in alike(texts[name].lengths(), batch):
+            for rows in batches(texts[name], batch):
                 texts[name].logits(rows)
     return [total / count[:, None, None] for total, count in zip(sums, counts, strict=True)]

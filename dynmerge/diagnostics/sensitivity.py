@@ -16,7 +16,7 @@ from dynmerge.calibration.plan import Objective
 from dynmerge.calibration.teachers import Lesson, lessons
 from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
-from dynmerge.texts.batches import alike
+from dynmerge.texts.batches import batches
 from dynmerge.texts.examples import Examples
 
 BATCH = 8
@@ -105,7 +105,7 @@ def jacobian(
     f_i is the mean over the lesson's predictions under the cores left diag(phi) right; the sums are
     float64, the model runs in its own dtype.
     """
-    runs = [alike(lesson.examples.lengths(), batch) for lesson in taught]
+    runs = [list(batches(lesson.examples, batch)) for lesson in taught]
     total, done = sum(map(len, runs)), 0
     values, gradients = [], []
     for lesson, run in zip(taught, runs, strict=True):
