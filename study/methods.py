@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dynmerge.calibration import draws
 from dynmerge.calibration.calibrate import regmean_cores
+from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned, in_order, weighted
 from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.objective import smooth_tchebycheff
-from dynmerge.calibration.plan import Objective, Plan, published
-from dynmerge.calibration.teachers import alone, anchor, lessons
+from dynmerge.calibration.plan import UNITS, Objective, Plan, published
+from dynmerge.calibration.teachers import alone, anchor, floored, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.merging.carried.granularity import by_skill
 from dynmerge.merging.carried.maps import Form
@@ -91,22 +92,33 @@ def per_task(objective: Objective) -> Row:
 
 
 def per_task_weights(bench: Bench, objective: Objective) -> Tensor:
-    """(tasks,), from 0.4 each, as the finer coefficients are found."""
+    """(tasks,): found and guarded as the finer coefficients are, from 0.4 each."""
     student, plan = bench.student, bench.pace(at_centre("adamerging", objective))
     taught = lessons(student, bench.splits["calibration"], objective, 32)
     anchors = [anchor(student, task, lesson) for task, lesson in enumerate(taught)]
-    weights = torch.full((len(taught),), 0.4, requires_grad=True)
-    optimizer = torch.optim.Adam([weights], lr=0.02)
+    judge = Judge.of(student, bench.splits["guard"], objective, bench.centre)
+    weights = torch.full((len(taught),), 0.4)
+    best = weights.clone()
+    score = judge.at(bench.centre, weighted(bench.bank, best))
+    with torch.no_grad(), student.under(weighted(bench.bank, weights)):
+        scales = floored([each.mean(64) - z for each, z in zip(taught, anchors, strict=True)])
+    weights.requires_grad_()
+    optimizer = torch.optim.AdamW([weights], lr=plan.rate * UNITS["fixed"], weight_decay=plan.decay)
     generator = torch.Generator().manual_seed(bench.seed)
     rows = [draws.Rows(each.examples.lengths(), plan.batch, generator) for each in taught]
-    for _ in range(plan.steps):
+    for step in range(1, plan.steps + 1):
         with student.under(weighted(bench.bank, weights)):
-            losses = [lesson.loss(each.take()) for lesson, each in zip(taught, rows, strict=True)]
-        gaps = torch.stack([loss - z for loss, z in zip(losses, anchors, strict=True)])
+            losses = [each.loss(drawn.take()) for each, drawn in zip(taught, rows, strict=True)]
+        found = zip(losses, anchors, scales, strict=True)
+        gaps = torch.stack([(loss - z) / scale for loss, z, scale in found])
         optimizer.zero_grad()
-        smooth_tchebycheff(gaps, bench.centre, 1.0).backward()  # type: ignore[no-untyped-call]
+        smooth_tchebycheff(gaps, bench.centre, plan.mu).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return weights.detach()
+        if step % plan.check == 0:
+            now = judge.at(bench.centre, weighted(bench.bank, weights.detach()))
+            if now < score:
+                best, score = weights.detach().clone(), now
+    return weights.detach() if objective == "entropy" else best
 
 
 def learned(plan: Plan, away: bool = False, form: Form | None = None) -> Row:
