@@ -150,16 +150,40 @@ class Training:
         plan, tasks = self.plan, len(self._lessons)
         rho = torch.tensor(plan.at) if plan.at else draws.preference(tasks, self._generator)
         present = [task for task in range(tasks) if rho[task]]
-        with self._student.under(self.learned.cores(rho)):
-            gaps = torch.stack([self._gap(task) for task in present])
+        cores = self.learned.cores(rho)
+        gaps, slopes = self._gaps(present, [core.detach().requires_grad_() for core in cores])
         loss = smooth_tchebycheff(gaps, rho[present].to(gaps), plan.mu)
-        if plan.pull:
-            loss = loss + plan.pull * self._distance()
+        (shares,) = torch.autograd.grad(loss, gaps)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Not of layers that none of these skills changes.
+        learned = [place for place, core in enumerate(cores) if core.requires_grad]
+        wanted = [
+            torch.einsum("t,tpq->pq", shares, torch.stack([slope[place] for slope in slopes]))
+            for place in learned
+        ]
+        torch.autograd.backward([cores[place] for place in learned], wanted)
+        if plan.pull:
+            held = plan.pull * self._distance()
+            held.backward()  # type: ignore[no-untyped-call]
+            loss = loss + held
         self._optimizer.step()
         self._losses.append(float(loss.detach()))
         self.step += 1
+
+    def _gaps(
+        self, present: Sequence[int], cores: Sequence[Tensor]
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Every present skill's gap, and how it depends on each core.
+
+        One after the other, so that one skill's activations are held at a time and not all.
+        """
+        gaps, slopes = [], []
+        with self._student.under(cores):
+            for task in present:
+                gap = self._gap(task)
+                slopes.append(torch.autograd.grad(gap, cores, materialize_grads=True))
+                gaps.append(gap.detach())
+        return torch.stack(gaps).requires_grad_(), slopes
 
     def _gap(self, task: int) -> Tensor:
         loss = self._lessons[task].loss(self._rows[task].take())

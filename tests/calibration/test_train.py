@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
+from dynmerge.calibration.draws import preference
 from dynmerge.calibration.learned import Learned
+from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Plan, published
 from dynmerge.calibration.train import Training, improved
 from dynmerge.errors import CalibrationError
@@ -55,6 +58,27 @@ def test_what_is_learned_holds_on_texts_that_were_held_out(
     judge = training._judge
     assert judge.score(best.cores) == pytest.approx(min(scores))
     assert not any(table.requires_grad for table in tables(best))
+
+
+@pytest.mark.parametrize("method", ["tara-a", "core"])
+def test_a_step_takes_the_gradient_of_the_whole_though_it_holds_one_skill_at_a_time(
+    method: str, small: Student, points: Sheets, held_points: Sheets
+) -> None:
+    plan = replace(PLAN, method=method, mu=0.1, pull=0.05)
+    training, twin = (Training(small, points, held_points, plan) for _ in range(2))
+    for _ in range(2):  # the second is away from the start
+        twin.restore(training.state())
+        training._advance()
+        rho = preference(len(points), twin._generator)
+        present = [task for task in range(len(points)) if rho[task]]
+        with small.under(twin.learned.cores(rho)):
+            gaps = torch.stack([twin._gap(task) for task in present])
+        whole = smooth_tchebycheff(gaps, rho[present], plan.mu) + plan.pull * twin._distance()
+        expected = torch.autograd.grad(whole, twin._tables)
+        for table, slope in zip(training._tables, expected, strict=True):
+            assert table.grad is not None
+            assert_close(table.grad, slope, rtol=1e-4, atol=1e-7)
+        assert training._losses[-1] == pytest.approx(float(whole.detach()))
 
 
 def test_a_seed_makes_a_training(small: Student, points: Sheets, held_points: Sheets) -> None:
