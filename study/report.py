@@ -119,3 +119,7 @@ def examples_of(suite: Suite) -> list[dict[str, object]]:
         }
         for (method, at, task, seed), cell in suite.cells.items()
     ]
+
+
+if __name__ == "__main__":
+    main()
