@@ -23,7 +23,7 @@ setup-dev:
 demo: setup-demo
 	@$(PYTHON) examples/dictionary/demo.py --bank $(BANK) --port $(PORT)
 
-# What merging and calibration gain, measured: docs/quality.md. Under two hours on two cores.
+# What merging and calibration gain, measured: docs/quality.md. Hours on two cores; goes on where it stopped.
 study: setup-dev
 	@scripts/study
 
