@@ -1,13 +1,21 @@
-"""Cells: what was measured, example by example, a line each in the cache."""
+"""Cells: what was measured, example by example, a line each in the cache.
+
+    python -m study.cells    # what the record has of seeds that the cache knows nothing of
+
+Whoever only adds rows to the study can so go on from the ones that it ships with.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from study.sources import cache_folder
+
+RECORD = Path(__file__).parents[1] / "docs" / "quality-examples.json.gz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +58,25 @@ def read_cells(suite: str, seed: int) -> list[Cell]:
         return []
     lines = path.read_text("utf-8").splitlines()
     return [Cell(**json.loads(line)) for line in lines]
+
+
+def restore(record: Path = RECORD) -> list[str]:
+    """Put the record's cells into the cache, and name the seeds for which that was done.
+
+    A seed of which the cache has anything stays as it is.
+    """
+    lines: dict[Path, list[str]] = {}
+    for suite, cells in json.loads(gzip.decompress(record.read_bytes())).items():
+        for fields in cells:
+            path = cells_file(suite, fields.pop("seed"))
+            if fields["counts"] == 1:
+                fields["counts"] = [1] * len(fields["right"])
+            lines.setdefault(path, []).append(json.dumps(asdict(Cell(**fields))) + "\n")
+    missing = {path: whole for path, whole in lines.items() if not path.exists()}
+    for path, whole in missing.items():
+        path.write_text("".join(whole), encoding="utf-8")
+    return [path.stem for path in missing]
+
+
+if __name__ == "__main__":
+    print("restored:", ", ".join(restore()) or "nothing, the cache has cells of every seed")

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from dynmerge.evaluation.bootstrap import Estimate
+from study.cells import RECORD
 from study.places import CENTRE
 from study.suite import DEFAULT, Suite
 from study.suites import SUITES
@@ -48,7 +49,7 @@ def main() -> None:
     )
     examples = {suite.name: examples_of(suite) for suite in suites}
     packed = gzip.compress(json.dumps(examples, separators=(",", ":")).encode(), mtime=0)
-    (DOCS / "quality-examples.json.gz").write_bytes(packed)
+    RECORD.write_bytes(packed)
     page = DOCS / "quality.md"
     text = page.read_text("utf-8") if page.is_file() else ""
     for suite in suites:
@@ -115,7 +116,9 @@ def examples_of(suite: Suite) -> list[dict[str, object]]:
             "seed": seed,
             "right": cell.right,
             "counts": cell.counts if max(cell.counts) > 1 else 1,
+            "nats": round(cell.nats, 3),
             "chosen": cell.chosen,
+            "seconds": cell.seconds,
         }
         for (method, at, task, seed), cell in suite.cells.items()
     ]

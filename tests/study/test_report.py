@@ -1,13 +1,15 @@
 """The report: paired intervals, shares of a gap, and a page whose other text stays."""
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from study.cells import Cell, cells_file
+from study.cells import Cell, cells_file, read_cells, restore
 from study.places import places
-from study.report import quality_of, replaced
+from study.report import examples_of, quality_of, replaced
 from study.suite import Suite
 from study.tables import gap_closed, methods_table, regret_table
 
@@ -96,3 +98,23 @@ def test_rows_that_saw_other_examples_are_refused(
     cells_file("encoder", 0).write_text("".join(lines))
     with pytest.raises(ValueError, match="encoder 0 pico: other examples of t"):
         Suite.read("encoder")
+
+
+def test_the_record_gives_back_every_cell_and_overwrites_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = {
+        ("mean", "centre", "t", 0): replace(cell("mean", "t", [1, 0]), nats=1.5, seconds=2.0),
+        ("mean", "centre", "u", 1): Cell("mean", "centre", "u", [3, 0], [4, 1], 2.0, {"p": 4}),
+    }
+    record = tmp_path / "record.json.gz"
+    written = {"encoder": examples_of(Suite("encoder", cells))}
+    record.write_bytes(gzip.compress(json.dumps(written).encode()))
+    monkeypatch.setattr("study.cells.cache_folder", lambda: tmp_path)
+    cells_file("encoder", 1).write_text("")
+    assert restore(record) == ["encoder-0"]
+    assert read_cells("encoder", 0) == [cells["mean", "centre", "t", 0]]
+    assert read_cells("encoder", 1) == []
+    cells_file("encoder", 1).unlink()
+    assert restore(record) == ["encoder-1"]
+    assert read_cells("encoder", 1) == [cells["mean", "centre", "u", 1]]
