@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.calibration.learned import constants_of, cores_of
-from dynmerge.merging.carried.granularity import GRANULARITIES
+from dynmerge.calibration.learned import cores_of
+from dynmerge.merging.carried.granularity import GRANULARITIES, constants_of
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 

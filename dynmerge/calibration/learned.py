@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynmerge.bank.bank import FactorBank
-from dynmerge.merging.carried.granularity import GRANULARITIES
+from dynmerge.merging.carried.granularity import GRANULARITIES, constants_of
 from dynmerge.merging.carried.maps import FORMS, Form, Tables
 
 
@@ -68,11 +68,6 @@ class Learned:
                 for member in group.members:
                     cores[member] = torch.zeros_like(cores[member])
         return cores
-
-
-def constants_of(bank: FactorBank, method: str) -> tuple[dict[str, Tensor], ...]:
-    """What the method needs of each group besides what is learned."""
-    return tuple(GRANULARITIES[method].constants(group) for group in bank.groups)
 
 
 def cores_of(

@@ -153,3 +153,11 @@ GRANULARITIES: Mapping[str, Granularity] = {
         tables=core_tables,
     ),
 }
+
+
+def constants_of(bank: FactorBank, method: str) -> tuple[dict[str, Tensor], ...]:
+    """What the method needs of each group besides what is learned; made once for a bank."""
+    return bank.keep(
+        ("constants", method),
+        lambda: tuple(GRANULARITIES[method].constants(group) for group in bank.groups),
+    )

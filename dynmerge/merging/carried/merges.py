@@ -12,7 +12,7 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank, FactorGroup
 from dynmerge.bank.calibration import AT
 from dynmerge.errors import BankError
-from dynmerge.merging.carried.granularity import GRANULARITIES, Granularity
+from dynmerge.merging.carried.granularity import GRANULARITIES, Granularity, constants_of
 from dynmerge.merging.carried.granularity import regmean as regressed
 from dynmerge.merging.carried.maps import FORMS, Tables
 from dynmerge.merging.outcome import Cores
@@ -158,11 +158,8 @@ def _columns(support: Support, method: str) -> Sequence[tuple[Tensor, ...]]:
 
 def _tables(bank: FactorBank, method: str) -> Sequence[Tables]:
     """What the bank learned, and what its factors alone say, for each group."""
-    granularity = GRANULARITIES[method]
-    constants = bank.keep(
-        ("constants", method), lambda: [granularity.constants(group) for group in bank.groups]
-    )
-    return [{**own, **more} for own, more in zip(bank.learned(method), constants, strict=True)]
+    pairs = zip(bank.learned(method), constants_of(bank, method), strict=True)
+    return [{**own, **more} for own, more in pairs]
 
 
 def _all_coefficients(bank: FactorBank, method: str, rho: Tensor) -> Tensor:
