@@ -8,8 +8,9 @@ answers that the adapters were trained on: there are no others of some voices.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dynmerge.texts.passages import Passages
 from dynmerge.texts.rows import Row
 from study.bench import Bench, Part
 
+TRAINED = Path(__file__).parent / "adapters"
 DEMO = Path(__file__).parents[1] / "examples" / "dictionary"
 sys.path.insert(0, str(DEMO))  # the demo's scripts find each other so
 
@@ -43,9 +45,30 @@ CALIBRATION, VALIDATION, GUARD, TEST = 64, 12, 6, 40
 LABELLED = 3
 
 
-def adapters(seed: int) -> Path:
+# --- adapters
+
+
+def adapters(seed: int) -> dict[str, Path]:
     """Where the adapters of one seed lie; all are made by examples/dictionary/train.py."""
-    return DEMO / "adapters" if seed == SHIPPED else Path(__file__).parent / "adapters" / str(seed)
+    folder = DEMO / "adapters" if seed == SHIPPED else TRAINED / str(seed)
+    return {skill: folder / skill for skill in SKILLS}
+
+
+def joint_adapter(seed: int) -> dict[str, Path]:
+    """Where the one adapter of all skills lies."""
+    return {"joint": TRAINED / str(seed) / "joint"}
+
+
+def osrm_adapters(seed: int) -> dict[str, Path]:
+    """Where the adapters that began at OSRM's start lie."""
+    return {skill: TRAINED / f"{seed}-osrm" / skill for skill in SKILLS}
+
+
+# Trained another way, by study.generative_training.
+OTHERS: Mapping[str, Callable[[int], dict[str, Path]]] = {
+    "osrm": osrm_adapters,
+    "joint": joint_adapter,
+}
 
 
 @cache
@@ -54,30 +77,48 @@ def base() -> BaseModel:
     return BaseModel.open(base_model())
 
 
-def bank_of(seed: int) -> FactorBank:
-    """The bank of one seed's adapters."""
-    found = {name: load_adapter(adapters(seed) / name, base()) for name in SKILLS}
+def bank_of(folders: Mapping[str, Path]) -> FactorBank:
+    """The bank of some adapters."""
+    found = {name: load_adapter(folder, base()) for name, folder in folders.items()}
     return build_bank(BaseIdentity(base().name, base().fingerprint), found)
+
+
+# --- what the study measures
+
+
+def loaded_model() -> Any:
+    """A fresh float32 copy of the base model."""
+    return AutoModelForCausalLM.from_pretrained(base_model(), dtype=torch.float32)
+
+
+@cache
+def tokenizer() -> Any:
+    """The base model's own."""
+    return AutoTokenizer.from_pretrained(base_model())
+
+
+def asked(model: Any, skill: str, split: str) -> Passages:
+    """The examples of one skill and split, predicted by `model`."""
+    rows = [Row(prompt=one.prompt, answer=one.answer) for one in examples(skill, split)]
+    return examples_of(model, tokenizer(), rows, LABELS.get(skill))
 
 
 def bench(seed: int) -> Bench:
     """One seed, ready to measure."""
-    tokenizer = AutoTokenizer.from_pretrained(base_model())
-    model: Any = AutoModelForCausalLM.from_pretrained(base_model(), dtype=torch.float32)
-    student = Student(model, bank_of(seed))
-
-    def asked(skill: str, split: str) -> Passages:
-        rows = [Row(prompt=one.prompt, answer=one.answer) for one in examples(skill, split)]
-        return examples_of(model, tokenizer, rows, LABELS.get(skill))
-
-    validation = {skill: asked(skill, "validation") for skill in SKILLS}
+    model = loaded_model()
+    student = Student(model, bank_of(adapters(seed)))
+    train, validation, test = (
+        {skill: asked(model, skill, split) for skill in SKILLS}
+        for split in ("train", "validation", "test")
+    )
     splits = {
-        "calibration": {skill: Part(asked(skill, "train"), CALIBRATION) for skill in SKILLS},
+        "calibration": {skill: Part(train[skill], CALIBRATION) for skill in SKILLS},
         "validation": {skill: Part(validation[skill], size(skill, VALIDATION)) for skill in SKILLS},
         "guard": {skill: Part(validation[skill], size(skill, GUARD)) for skill in SKILLS},
-        "test": {skill: Part(asked(skill, "test"), size(skill, TEST)) for skill in SKILLS},
+        "test": {skill: Part(test[skill], size(skill, TEST)) for skill in SKILLS},
     }
-    return Bench("generative", seed, student, splits, {}, shorter)
+    others = {kind: partial(bank_of, folders(seed)) for kind, folders in OTHERS.items()}
+    return Bench("generative", seed, student, splits, others, shorter)
 
 
 def size(skill: str, of_answers: int) -> int:

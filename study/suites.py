@@ -48,7 +48,7 @@ SUITES: Mapping[str, Scope] = {
     "generative": Scope(
         seeds=(20, 21, 22),
         every=("single", *GENERATIVE),
-        once=tuple(name for name in ROWS if name not in (*GENERATIVE, *SETTINGS)),
+        once=(*(name for name in ROWS if name not in (*GENERATIVE, *SETTINGS)), *OTHER_BANKS),
         away=frozenset(("mean", "adamerging-map", "tara-a-map", "core-map")),
     ),
 }

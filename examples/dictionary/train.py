@@ -14,9 +14,10 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,29 @@ def train_apart(name: str, out: Path, seed: int) -> None:
     )
 
 
-def train(name: str, out: Path, seed: int) -> None:
-    """Train one adapter and write it to `out/name`."""
+def train(
+    name: str,
+    out: Path,
+    seed: int,
+    plan: Plan | None = None,
+    skills: Sequence[str] = (),
+    begin: Callable[[Any], None] | None = None,
+) -> None:
+    """Train one adapter and write it to `out/name`; unless told, as PLANS has it, on its own rows.
+
+    An epoch has every row of each of `skills`, as often as it is named. `begin` may change the PEFT
+    model that was just made.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-    plan, began = PLANS[name], time.monotonic()
+    plan, skills, began = plan or PLANS[name], skills or (name,), time.monotonic()
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_model())
-    rows = {part: encode(examples(name, part), tokenizer) for part in ("train", "validation")}
+    rows = {
+        split: [encode(examples(skill, split), tokenizer) for skill in skills]
+        for split in ("train", "validation")
+    }
     # float32: many processors have no bfloat16 arithmetic and are three times slower in it.
     base = AutoModelForCausalLM.from_pretrained(base_model(), dtype=torch.float32)
     config = LoraConfig(
@@ -125,9 +140,11 @@ def train(name: str, out: Path, seed: int) -> None:
     )
     model: Any = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = NAME  # never a path of this machine
+    if begin:
+        begin(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0)
-    steps = plan.epochs * math.ceil(len(rows["train"]) / BATCH)
+    steps = plan.epochs * sum(math.ceil(len(part) / BATCH) for part in rows["train"])
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     order = random.Random(seed)
     for epoch in range(plan.epochs):
@@ -142,7 +159,7 @@ def train(name: str, out: Path, seed: int) -> None:
             losses.append(float(loss.detach()))
             if len(losses) % 20 == 0:
                 say(f"{name:<11} epoch {epoch + 1} step {len(losses)}: {mean(losses[-20:]):.3f}")
-        held_out = validation_loss(model, rows["validation"])
+        held_out = validation_loss(model, list(chain.from_iterable(rows["validation"])))
         spent, busy = time.monotonic() - began, time.process_time()
         say(
             f"{name:<11} epoch {epoch + 1}/{plan.epochs}: train {mean(losses):.3f}, "
@@ -163,14 +180,17 @@ def encode(rows: Sequence[Example], tokenizer: Any) -> list[Row]:
     return encoded
 
 
-def batches(rows: Sequence[Row], order: random.Random) -> Iterator[list[Row]]:
-    """Every row once, in random order, but rows of like length together: little is padded."""
-    shuffled = order.sample(list(rows), len(rows))
-    pools = [shuffled[i : i + 8 * BATCH] for i in range(0, len(rows), 8 * BATCH)]
+def batches(parts: Sequence[Sequence[Row]], order: random.Random) -> Iterator[list[Row]]:
+    """Every row of every part once, in random order, but a batch is of one part and its rows of
+    like length: little is padded, and one word as an answer counts as much as thirty.
+    """
     made = []
-    for pool in pools:
-        pool.sort(key=lambda row: len(row.tokens))
-        made += [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+    for rows in parts:
+        shuffled = order.sample(list(rows), len(rows))
+        pools = [shuffled[i : i + 8 * BATCH] for i in range(0, len(rows), 8 * BATCH)]
+        for pool in pools:
+            pool.sort(key=lambda row: len(row.tokens))
+            made += [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
     yield from order.sample(made, len(made))
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -164,18 +164,26 @@ def _file(path: Path | None) -> str:
     return f"{path}: " if path else ""
 
 
-def explain(error: ValidationError) -> str:
-    """The first setting that is wrong, and what would be right."""
+def explain(error: ValidationError, kind: Any = None) -> str:
+    """The first setting that is wrong, and what would be right; of `kind`, or the server's own."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = [str(part) for part in first["loc"]]
     name = ".".join(where) or "the configuration"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"no setting named {name} (known: {', '.join(_known(where[:-1]))})"
+        known = ", ".join(_known(kind or ServerConfig, where[:-1]))
+        return f"no setting named {name} (known: {known})"
     return f"{name}: {first['msg']}"
 
 
-def _known(section: list[str]) -> list[str]:
-    kind: Any = ServerConfig
+def _known(kind: Any, section: list[str]) -> list[str]:
     for part in section:
-        kind = get_type_hints(kind).get(part)
-    return [item.name for item in fields(kind)] if is_dataclass(kind) else []
+        if isinstance(get_origin(kind), type):  # a collection, and its key or number
+            kind = _table(kind)
+        else:
+            kind = get_type_hints(_table(kind)).get(part)
+    return [item.name for item in fields(_table(kind))] if _table(kind) else []
+
+
+def _table(kind: Any) -> Any:
+    """The dataclass that a type is, may be or collects; None where there is none."""
+    return next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)
