@@ -12,6 +12,7 @@ from dynmerge_server.auth import AuthMiddleware
 from dynmerge_server.catalogue import get_model, list_merges, list_models, list_presets
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.errors import HANDLERS
+from dynmerge_server.experiments.routes import ROUTES as EXPERIMENT_ROUTES
 from dynmerge_server.health import health, load, metrics, version
 from dynmerge_server.limits import LimitsMiddleware
 from dynmerge_server.openai.chat import chat_completions
@@ -29,6 +30,7 @@ ROUTES = (
     Route("/v1/models/{id:path}", get_model, methods=["GET"]),
     Route("/v1/preferences/presets", list_presets, methods=["GET"]),
     Route("/v1/merges", list_merges, methods=["GET"]),
+    *EXPERIMENT_ROUTES,
     Route("/invocations", invocations, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
@@ -52,4 +54,5 @@ def create_app(runtime: Runtime, config: ServerConfig) -> Starlette:
         exception_handlers=HANDLERS,
     )
     app.state.serving = Serving.of(runtime, config)
+    app.state.lab = app.state.serving.lab
     return app

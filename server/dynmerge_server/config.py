@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.errors import ConfigError
+from dynmerge_server.experiments.schema import LogConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,6 +85,29 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class FlagsConfig:
+    """A team's own flag system, which may choose arms."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    provider: str  # of OpenFeature, as package.module:factory
+    seconds: Positive = 0.5  # to wait for a flag before its unit is left out
+    keep_seconds: Positive = 30.0  # that a flag counts
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentsConfig:
+    """Experiments: where they are kept, and where they are declared. No log, no experiments."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    log: LogConfig | None = None
+    file: Path | None = None  # TOML, read again whenever it changes
+    flags: FlagsConfig | None = None
+    guard_seconds: Positive = 60.0  # between looks at guardrails
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """All of the server's settings. Raises ConfigError on a combination not safe to serve."""
 
@@ -105,6 +129,7 @@ class ServerConfig:
     auth: Auth = field(default_factory=Auth)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    experiments: ExperimentsConfig = field(default_factory=ExperimentsConfig)
 
     def __post_init__(self) -> None:
         if not (is_loopback(self.host) or self.auth.keys or self.auth.insecure):

@@ -20,10 +20,14 @@ from dynmerge.errors import (
     AdapterError,
     DynmergeError,
     EngineDead,
+    LogError,
+    OutcomeConflict,
     Overloaded,
     PromptTooLong,
     RequestError,
+    UnknownExperiment,
     UnknownModel,
+    UnknownRequest,
 )
 
 logger = logging.getLogger("dynmerge.server")
@@ -63,11 +67,16 @@ class Kind:
 KINDS: dict[type[Exception], Kind] = {
     SchemaError: Kind(400, "Bad Request"),
     UnknownModel: Kind(404, "NotFoundError"),
+    UnknownExperiment: Kind(404, "NotFoundError"),
+    UnknownRequest: Kind(404, "NotFoundError"),
+    OutcomeConflict: Kind(409, "ConflictError"),
     RequestError: Kind(400, "BadRequestError"),
     AdapterError: Kind(400, "BadRequestError"),
+    LogError: Kind(503, "ServiceUnavailableError", retry=True),
     Overloaded: Kind(503, "ServiceUnavailableError", retry=True),
     EngineDead: Kind(503, "ServiceUnavailableError", retry=True),
 }
+LEFT = 499  # nginx's status for a client that left
 INTERNAL = Kind(500, "InternalServerError")
 REASONS: dict[type[Exception], str] = {  # what OpenAI says in `code`, where vLLM has the status
     PromptTooLong: "context_length_exceeded",
@@ -88,6 +97,11 @@ STATUS_TYPES = {
 def kind_of(error: Exception) -> Kind:
     """The nearest row of KINDS for `error`, INTERNAL where there is none."""
     return next((KINDS[base] for base in type(error).__mro__ if base in KINDS), INTERNAL)
+
+
+def status_of(error: BaseException) -> int:
+    """The status of what ended a request, LEFT where its client did."""
+    return kind_of(error).status if isinstance(error, Exception) else LEFT
 
 
 def describe(error: Exception) -> dict[str, Any]:
@@ -146,8 +160,8 @@ async def on_http(_request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
-    """Nobody reads this; nginx's status for it."""
-    return Response(status_code=499)
+    """Nobody reads this."""
+    return Response(status_code=LEFT)
 
 
 HANDLERS = {

@@ -16,6 +16,7 @@ from dynmerge.errors import BaseModelError
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
 from dynmerge_server.config import SamplingDefaults, ServerConfig, explain
+from dynmerge_server.experiments.keeper import kept
 from dynmerge_server.listener import close_all, listen, make_server, shown
 
 logger = logging.getLogger("dynmerge.server")
@@ -33,7 +34,8 @@ def serve(bank_folder: Path, config: ServerConfig) -> None:
         try:
             config = replace(config, sampling=config.sampling.over(sampling))
             app = create_app(runtime, config)
-            make_server(app, config, partial(_announce, config.host)).run(sockets)
+            with kept(app.state.lab):
+                make_server(app, config, partial(_announce, config.host)).run(sockets)
             app.state.serving.prompts.close()
         finally:
             runtime.close()

@@ -2,7 +2,7 @@
 
 One precedence, for the preference and for the method apart:
 
-    header  >  body  >  model name  >  the server's default
+    header  >  body  >  model name  >  experiment  >  the server's default
 
 A level that says nothing leaves the choice to the next. Every level that says something is read, so
 that a mistake in an overridden one is an error too. Within one level there is one way to say it: a
@@ -26,21 +26,30 @@ from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
 from dynmerge_server.config import ServerConfig
+from dynmerge_server.experiments.declaration import Arm
 from dynmerge_server.models import Models
 
 PREFIX = "x-dynmerge-"
 PREFERENCE_HEADER = preferences.HEADER
 PRESET_HEADER = "X-Dynmerge-Preset"
 METHOD_HEADER = choice.HEADER
-UNIT_HEADER = "X-Dynmerge-Unit"  # read by experiments
-REQUEST_HEADERS = (PREFERENCE_HEADER, PRESET_HEADER, METHOD_HEADER, UNIT_HEADER)
+UNIT_HEADER = "X-Dynmerge-Unit"  # this and the next are read by experiments
+EXPERIMENT_HEADER = "X-Dynmerge-Experiment"
+REQUEST_HEADERS = (
+    *(PREFERENCE_HEADER, PRESET_HEADER, METHOD_HEADER),
+    *(UNIT_HEADER, EXPERIMENT_HEADER),
+)
 
 DEFAULT = "default"
+MAX_ARMS_KEPT = 1024  # recipes of arms, made once
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the body of a request says about the merge it wants; None where it says nothing."""
+    """What the body of a request says about the merge it wants; None where it says nothing.
+
+    `experiment` and `user` are for experiments: an arm that is asked for, and who asks.
+    """
 
     preference: Mapping[str, float] | str | None = None
     normalize: bool | None = None
@@ -48,6 +57,26 @@ class Wish:
     method: str | None = None
     lora: list[dict[str, Any]] | None = None
     xargs: Mapping[str, Any] | None = None
+    experiment: str | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a request says, or an arm for it: a preference and a method, None where nothing is said.
+
+    `source` is the level that chose the preference, `method_source` where the method stands.
+    """
+
+    preference: Preference | None = None
+    source: str = DEFAULT
+    method: MethodChoice | None = None
+    method_source: str = "default_method"
+
+    @property
+    def anything(self) -> bool:
+        """Whether it leaves not all to the server."""
+        return self.preference is not None or self.method is not None
 
 
 class Preferences:
@@ -57,6 +86,7 @@ class Preferences:
         self._offer = offer
         self._models = models
         self._allow_negative = config.allow_negative
+        self._arms: dict[tuple[str, int, str], Recipe] = {}
         try:
             self._default = self._parse(config.default_preference, "default_preference")
             self._default_method = self._method(config.default_method, "default_method")
@@ -68,25 +98,65 @@ class Preferences:
         """What serves where a request names no method: the server's choice, else the bank's."""
         return self._default_method or default_for(self._offer.outline)
 
+    @property
+    def bank(self) -> str:
+        """The digest of the bank that is served."""
+        return self._offer.outline.digest
+
     def resolve(self, headers: Headers, wish: Wish, model: str | None) -> tuple[Recipe, str]:
         """The recipe, and which level chose the preference. Raises RequestError for any mistake."""
+        said = self.read(headers, wish, model)
+        return self.recipe(said), said.source
+
+    def read(self, headers: Headers, wish: Wish, model: str | None) -> Said:
+        """What a request says, every level of it. Raises RequestError for any mistake."""
         levels: dict[str, Preference | None] = {
             "header": self._from_headers(headers),
             "body": self._from_body(wish),
             "model": self._models.preference(model),
-            DEFAULT: self._default or Preference.base_model(),
         }
-        source, chosen = next(level for level in levels.items() if level[1] is not None)
+        nothing: tuple[str, Preference | None] = (DEFAULT, None)
+        source, chosen = next((each for each in levels.items() if each[1] is not None), nothing)
         # Every choice of method is read before one is taken.
         in_body = _one_of({"method": wish.method, "vllm_xargs.method": _x(wish, "method")})
         choices = (
-            (self._method(_joined(headers, METHOD_HEADER), METHOD_HEADER), METHOD_HEADER),
+            (self._method(joined(headers, METHOD_HEADER), METHOD_HEADER), METHOD_HEADER),
             (self._method(*in_body), in_body[1]),
         )
-        fallback = (self._default_method, "default_method")
-        method, said_in = next((each for each in choices if each[0] is not None), fallback)
-        assert chosen is not None  # the default is one
-        return self._offer.recipe(chosen, method, source, method_source=said_in), source
+        method = next((each for each in choices if each[0] is not None), (None, "default_method"))
+        return Said(chosen, source, *method)
+
+    def recipe(self, said: Said) -> Recipe:
+        """The merge that is meant, by the server's defaults where nothing is said.
+
+        Raises PreferenceError or MethodError.
+        """
+        preference = said.preference or self._default or Preference.base_model()
+        method = said.method or self._default_method
+        source = said.method_source if said.method else "default_method"
+        return self._offer.recipe(preference, method, said.source, method_source=source)
+
+    def recipe_of(self, arm: Arm, name: str, declared: tuple[str, int]) -> Recipe:
+        """An experiment's arm, as `name` in errors; `declared` names experiment and revision.
+
+        Raises RequestError where it is not served.
+        """
+        key = (*declared, name)
+        if key not in self._arms:
+            if len(self._arms) >= MAX_ARMS_KEPT:
+                self._arms.clear()
+            self._arms[key] = self.recipe(self._of_arm(arm, name))
+        return self._arms[key]
+
+    def _of_arm(self, arm: Arm, name: str) -> Said:
+        preference: Preference | None = None
+        if arm.preset is not None:
+            preference = self._models.preset(arm.preset, name)
+        elif isinstance(arm.preference, str):
+            preference = self._parse(arm.preference, name)
+        elif arm.preference is not None:
+            preference = self._of(arm.preference, True, name)
+        return Said(preference, name, self._method(arm.method, name), name)
 
     def _from_headers(self, headers: Headers) -> Preference | None:
         for name in headers:
@@ -94,7 +164,7 @@ class Preferences:
             if name.replace("_", "-").startswith(PREFIX) and name not in _KNOWN:
                 known = ", ".join(REQUEST_HEADERS)
                 raise RequestError(f"there is no request header {name} (known: {known})", name)
-        given = {name: _joined(headers, name) for name in (PREFERENCE_HEADER, PRESET_HEADER)}
+        given = {name: joined(headers, name) for name in (PREFERENCE_HEADER, PRESET_HEADER)}
         text, source = _one_of(given)
         if source == PRESET_HEADER and text is not None:
             return self._models.preset(text.strip(), source)
@@ -157,7 +227,7 @@ class Preferences:
 _KNOWN = {name.lower() for name in REQUEST_HEADERS}
 
 
-def _joined(headers: Headers, name: str) -> str | None:
+def joined(headers: Headers, name: str) -> str | None:
     """Repeated lines are one list, as RFC 9110 has it; `headers.get` would return the first."""
     lines = headers.getlist(name)
     return ", ".join(lines) if lines else None

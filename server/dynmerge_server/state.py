@@ -7,6 +7,8 @@ from starlette.requests import Request
 from dynmerge.errors import ConfigError
 from dynmerge.runtime import Runtime
 from dynmerge_server.config import ServerConfig
+from dynmerge_server.experiments.lab import Lab, open_lab
+from dynmerge_server.experiments.live import Experiments
 from dynmerge_server.metrics import Metrics
 from dynmerge_server.models import Models
 from dynmerge_server.openai.logprobs import Pieces
@@ -25,6 +27,12 @@ class Serving:
     prompts: Prompts
     pieces: Pieces
     metrics: Metrics
+    lab: Lab | None
+
+    @property
+    def experiments(self) -> Experiments | None:
+        """Those of this server, if it has any."""
+        return self.lab.experiments if self.lab else None
 
     @classmethod
     def of(cls, runtime: Runtime, config: ServerConfig) -> "Serving":
@@ -32,14 +40,16 @@ class Serving:
         if config.adapter_root is not None:
             raise ConfigError("adapter_root: only vLLM's server loads skills while it serves")
         models = Models.of(runtime.offer, config, runtime.engine.context_length)
+        preferences = Preferences(runtime.offer, models, config)
         return cls(
             runtime,
             config,
             models,
-            Preferences(runtime.offer, models, config),
+            preferences,
             Prompts(runtime.engine, config.limits.prompts),
             Pieces(runtime.engine.tokenizer),
             Metrics(runtime, models),
+            open_lab(config.experiments, lambda: preferences),
         )
 
 

@@ -43,6 +43,20 @@ allow_negative = true
 [presets]
 mixed = "ada=0.7, bob=0.3"
 careful = { cyd = 1 }
+[experiments]
+file = "experiments.toml"
+[experiments.log]
+path = "experiments.sqlite"
+flush_seconds = 0.02
+"""
+# Only requests that name a unit are in it.
+EXPERIMENTS = """
+[experiments.tone]
+primary = { outcome = "helpful" }
+[experiments.tone.arms]
+plain = { preference = "ada=1" }
+mixed = { preset = "mixed", method = "linear;scale=0.9" }
+none = {}
 """
 START_SECONDS = 240
 END_SECONDS = 60
@@ -65,6 +79,7 @@ def running(engine: str, bank: Path, folder: Path) -> Iterator[str]:
     """`dynmerge serve` on a free port until it is healthy; the address. `folder` is its own."""
     settings, log = folder / "dynmerge.toml", folder / "log"
     settings.write_text(SETTINGS)
+    (folder / "experiments.toml").write_text(EXPERIMENTS)
     port = free_port()
     command = [sys.executable, "-m", "dynmerge.cli", "serve", str(bank), *FLAGS[engine]]
     with log.open("w") as output:

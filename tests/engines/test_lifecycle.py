@@ -189,7 +189,7 @@ asyncio.run(begin())
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "None\n"), ended.stderr

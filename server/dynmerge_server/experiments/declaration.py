@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dynmerge.errors import ConfigError
+from dynmerge.errors import ExperimentError
 from dynmerge_server.config import explain
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -44,7 +44,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.preference is not None and self.preset is not None:
-            raise ConfigError("preference and preset both say what is served; give one of them")
+            raise ExperimentError("preference and preset both say what is served; give one of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Namespace:
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
-            raise ConfigError(f"the part from {self.start} to {self.end} is empty")
+            raise ExperimentError(f"the part from {self.start} to {self.end} is empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Metric:
 
     def __post_init__(self) -> None:
         if (self.outcome is None) == (self.measure is None):
-            raise ConfigError("a metric is of one outcome or of one measure")
+            raise ExperimentError("a metric is of one outcome or of one measure")
 
     @property
     def name(self) -> str:
@@ -118,7 +118,7 @@ class Guardrail:
     def __post_init__(self) -> None:
         given = [b for b in (self.at_most, self.at_least, self.worse_by) if b is not None]
         if len(given) != 1:
-            raise ConfigError("a guardrail has one of at_most, at_least and worse_by")
+            raise ExperimentError("a guardrail has one of at_most, at_least and worse_by")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,7 @@ class Experiment:
     traffic: Share = 1.0
     ramp: tuple[Step, ...] = ()
     unit: UnitSource = "any"
+    flag: str | None = None  # of the team's own flag system, whose value is the arm
     seed: str | None = None  # of the hash; None is the name
     namespace: Namespace | None = None
     holdout: Holdout | None = None
@@ -177,14 +178,25 @@ class Experiment:
 
     @classmethod
     def parse(cls, name: str, table: Any) -> "Experiment":
-        """A declaration that came from outside. Raises ConfigError naming the key and choices."""
+        """A declaration from outside. Raises ExperimentError naming the key and the choices."""
         given = {**table, "name": name} if isinstance(table, Mapping) else table
         try:
             return _ADAPTER.validate_python(given)
         except ValidationError as error:
-            raise ConfigError(f"experiment {name}: {explain(error, cls)}") from None
-        except ConfigError as error:
-            raise ConfigError(f"experiment {name}: {error}") from None
+            raise ExperimentError(f"experiment {name}: {explain(error, cls)}") from None
+        except ExperimentError as error:
+            raise ExperimentError(f"experiment {name}: {error}") from None
+
+    def traffic_at(self, time: float) -> float:
+        """The share of traffic by the ramp's last step that is over."""
+        steps = [step.traffic for step in self.ramp if step.at.timestamp() <= time]
+        return steps[-1] if steps else self.traffic
+
+    def runs_at(self, time: float) -> bool:
+        """Whether units get arms then."""
+        begun = self.start is None or self.start.timestamp() <= time
+        over = self.stop is not None and self.stop.timestamp() <= time
+        return self.state == "running" and begun and not over
 
     def table(self) -> dict[str, Any]:
         """As JSON holds it; `parse` reads it back."""
@@ -196,19 +208,19 @@ _ADAPTER: TypeAdapter[Experiment] = TypeAdapter(Experiment)
 
 
 def parse_all(tables: object) -> dict[str, Experiment]:
-    """Experiments by name, from the table `experiments` of a file. Raises ConfigError.
+    """Experiments by name, from the table `experiments` of a file. Raises ExperimentError.
 
     Parts of one namespace that overlap are one, as they would share units.
     """
     if not isinstance(tables, Mapping):
-        raise ConfigError("experiments is a table of experiments by name")
+        raise ExperimentError("experiments is a table of experiments by name")
     found = {str(name): Experiment.parse(str(name), table) for name, table in tables.items()}
     check_apart(found.values())
     return found
 
 
 def check_apart(experiments: Iterable[Experiment]) -> None:
-    """Raise ConfigError where two parts of one namespace overlap, of experiments not stopped."""
+    """Raise ExperimentError where parts of one namespace overlap, of experiments not stopped."""
     parts = [
         (each.namespace.name, each.namespace.start, each.namespace.end, each.name)
         for each in experiments
@@ -216,7 +228,7 @@ def check_apart(experiments: Iterable[Experiment]) -> None:
     ]
     for (here, _, end, one), (there, start, _, other) in pairwise(sorted(parts)):
         if here == there and start < end:
-            raise ConfigError(
+            raise ExperimentError(
                 f"experiments {one} and {other} overlap in the namespace {here}, from {start:g} to "
                 f"{end:g}: give them parts that do not"
             )
@@ -224,20 +236,22 @@ def check_apart(experiments: Iterable[Experiment]) -> None:
 
 def _check_names(given: Experiment) -> None:
     if not NAME.fullmatch(given.name):
-        raise ConfigError("its name is up to 64 of a-z 0-9 _ -, the first a letter")
+        raise ExperimentError("its name is up to 64 of a-z 0-9 _ -, the first a letter")
     if not 2 <= len(given.arms) <= MAX_ARMS:
-        raise ConfigError(f"arms: {len(given.arms)} of them; an experiment has 2 to {MAX_ARMS}")
+        raise ExperimentError(f"arms: {len(given.arms)} of them; an experiment has 2 to {MAX_ARMS}")
     for name in given.arms:
         if not ARM_NAME.fullmatch(name):
-            raise ConfigError(f"arm {name[:80]!r}: up to 64 of A-Z a-z 0-9 _ -, the first a letter")
+            raise ExperimentError(
+                f"arm {name[:80]!r}: up to 64 of A-Z a-z 0-9 _ -, the first a letter"
+            )
     known = ", ".join(given.arms)
     for name in (*given.weights, *([given.control] if given.control else [])):
         if name not in given.arms:
-            raise ConfigError(f"no arm named {name!r} (known: {known})")
+            raise ExperimentError(f"no arm named {name!r} (known: {known})")
     names = [metric.name for metric in metrics_of(given)]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"metrics: {name} stands there twice")
+            raise ExperimentError(f"metrics: {name} stands there twice")
 
 
 def metrics_of(experiment: Experiment) -> list[Metric]:
@@ -252,18 +266,18 @@ def _shares(given: Experiment) -> dict[str, float]:
         return {name: 1 / len(weights) for name in weights}
     for name, weight in weights.items():
         if weight is None or not isfinite(weight):
-            raise ConfigError(
+            raise ExperimentError(
                 f"weights: none for the arm {name!r}; give one to each, or none at all"
             )
     total = sum(weight for weight in weights.values() if weight is not None)
     if total <= 0:
-        raise ConfigError("weights: all are 0")
+        raise ExperimentError("weights: all are 0")
     return {name: (weight or 0.0) / total for name, weight in weights.items()}
 
 
 def _check_times(given: Experiment) -> None:
     times = [time for time in (given.start, *(step.at for step in given.ramp), given.stop) if time]
     if any(time.tzinfo is None for time in times):
-        raise ConfigError("times have a zone, such as 2026-12-01T09:00:00Z")
+        raise ExperimentError("times have a zone, such as 2026-12-01T09:00:00Z")
     if times != sorted(times):
-        raise ConfigError("start, the steps of ramp and stop follow each other in time")
+        raise ExperimentError("start, the steps of ramp and stop follow each other in time")

@@ -12,6 +12,7 @@ from dynmerge.engines.engine import Engine, Generation, Sampling
 from dynmerge.errors import RequestError
 from dynmerge.merging.merge import Merge
 from dynmerge.recipe import Recipe
+from dynmerge_server.experiments.entry import Resolved, resolve
 from dynmerge_server.openai.prompts import Prompt
 from dynmerge_server.openai.requests import GenerationRequest
 from dynmerge_server.openai.sampling import check_n, check_stream_options, sampling
@@ -33,8 +34,7 @@ class Asked:
     model: str
     created: int
     arrived: float  # time.perf_counter()
-    recipe: Recipe
-    source: str
+    resolved: Resolved
     prompts: tuple[Prompt, ...]
     samplings: tuple[Sampling, ...]
     n: int
@@ -45,6 +45,16 @@ class Asked:
     return_token_ids: bool = False
     as_ids: bool = False
     prompt_text: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The merge."""
+        return self.resolved.recipe
+
+    @property
+    def request_id(self) -> str:
+        """Its id without the word for the kind of endpoint."""
+        return self.id.partition("-")[2]
 
     @property
     def count(self) -> int:
@@ -86,8 +96,10 @@ async def ask(
     serving: Serving, headers: Headers, request: GenerationRequest, terms: Terms, arrived: float
 ) -> Asked:
     """Check all that can be wrong, what is cheap first. Raises RequestError or PromptTooLong."""
-    recipe, source = serving.preferences.resolve(headers, request.wish(), request.model)
-    name = f"{terms.kind}-{_request_id(headers, request.request_id)}"
+    resolved = await resolve(
+        serving.experiments, serving.preferences, headers, request.wish(), request.model
+    )
+    name = f"{terms.kind}-{request_id(headers, request.request_id)}"
     n = check_n(request.n, serving.config.limits.n)
     check_stream_options(request)
     common = await serving.prompts.off_loop(
@@ -108,8 +120,7 @@ async def ask(
         model=request.model or serving.models.base,
         created=int(time.time()),
         arrived=arrived,
-        recipe=recipe,
-        source=source,
+        resolved=resolved,
         prompts=tuple(prompts),
         samplings=tuple(fitted),
         n=n,
@@ -139,7 +150,8 @@ def _check(engine: Engine, asked: Asked) -> None:
         engine.check(generation)
 
 
-def _request_id(headers: Headers, in_body: str | None) -> str:
+def request_id(headers: Headers, in_body: str | None) -> str:
+    """What the client calls its request, or a name for it. Raises RequestError."""
     given = headers.get(REQUEST_ID_HEADER, in_body)
     if given is None:
         return uuid.uuid4().hex

@@ -12,8 +12,7 @@ from dynmerge.errors import RequestError
 
 HARMLESS = frozenset(
     {
-        # who asks, and how it is billed or kept
-        "user",
+        # how it is billed or kept
         "metadata",
         "store",
         "service_tier",

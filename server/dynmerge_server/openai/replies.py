@@ -137,6 +137,7 @@ async def _events(run: Run, dialect: Dialect) -> AsyncGenerator[bytes, None]:
             yield event({**chunk, "dynmerge": run.applied.block()})
     except Exception as error:  # the outermost handler of a stream: its status has been sent
         note(error)
+        run.fail(error)
         yield event(describe(error))
     yield DONE
 

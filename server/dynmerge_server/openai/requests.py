@@ -93,10 +93,12 @@ class MergeFields(BaseModel):
     preset: str | None = None
     method: str | None = None
     lora: Listed[dict[str, Any]] | None = None
+    experiment: str | None = None
 
-    def asked(self, xargs: Mapping[str, Any] | None) -> Wish:
-        """Which merge these fields and those extra arguments ask for."""
-        return Wish(self.preference, self.normalize, self.preset, self.method, self.lora, xargs)
+    def asked(self, xargs: Mapping[str, Any] | None, user: str | None = None) -> Wish:
+        """Which merge these fields and those extra arguments ask for, and for whom."""
+        said = (self.preference, self.normalize, self.preset, self.method, self.lora)
+        return Wish(*said, xargs, self.experiment, user)
 
 
 class GenerationRequest(MergeFields):
@@ -130,6 +132,7 @@ class GenerationRequest(MergeFields):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     request_id: str | None = None
+    user: str | None = None
     cache_salt: str | None = None
     vllm_xargs: dict[str, Any] | None = None
 
@@ -140,7 +143,7 @@ class GenerationRequest(MergeFields):
             if name not in XARGS:
                 param = f"vllm_xargs.{name[:80]}"
                 raise RequestError(f"{param} is not known (known: {', '.join(XARGS)})", param)
-        return self.asked(extra)
+        return self.asked(extra, self.user)
 
 
 class ChatRequest(GenerationRequest):

@@ -14,6 +14,8 @@ from dynmerge.engines.engine import Chunk, FinishReason
 from dynmerge.errors import DynmergeError
 from dynmerge.runtime import Lease
 from dynmerge_server.applied import Applied
+from dynmerge_server.errors import LEFT, status_of
+from dynmerge_server.experiments.trial import Trial, begin
 from dynmerge_server.openai.asked import Asked
 from dynmerge_server.openai.logprobs import Aligner, Entry
 from dynmerge_server.state import Serving
@@ -86,6 +88,10 @@ class Run:
         self._aligners = [self._aligner(index) for index in range(asked.count)]
         self._timings: dict[str, float] = {}
         self._open = False
+        self._trial: Trial | None = None
+        self._reasons: list[FinishReason] = []
+        self._empty = True
+        self._failure: BaseException | None = None
         self.open_sequences = asked.count
 
     async def __aenter__(self) -> "Run":
@@ -93,7 +99,8 @@ class Run:
         self._open = True
         try:
             await self._start()
-        except BaseException:
+        except BaseException as error:
+            self.fail(error)
             await self.close()
             raise
         return self
@@ -104,7 +111,13 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self.fail(error)
         await self.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Say what ended it, where its end is not its last token."""
+        self._failure = error
 
     async def close(self) -> None:
         """Cancel the sequences and give the merge back, unless that has been done."""
@@ -119,17 +132,17 @@ class Run:
         finally:
             if self._lease is not None:
                 self._lease.release()
+            self._tell()
 
     @property
     def applied(self) -> Applied:
         """Which merge runs."""
         assert self._lease is not None
-        return Applied.of(self._lease, self.asked.source)
+        return Applied.of(self._lease, self.asked.resolved)
 
     def headers(self) -> dict[str, str]:
         """The reply's headers, as far as is known when the first token is there."""
-        request_id = self.asked.id.partition("-")[2]
-        return {**self.applied.headers(self._timings), "X-Request-Id": request_id}
+        return {**self.applied.headers(self._timings), "X-Request-Id": self.asked.request_id}
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's token counts so far; a prompt counts once, however many answers it gets."""
@@ -153,18 +166,39 @@ class Run:
     async def _start(self) -> None:
         asked, metrics = self.asked, self._serving.metrics
         queued = time.perf_counter() - asked.arrived
+        experiments = self._serving.experiments
+        if experiments is not None:
+            self._trial = begin(experiments.log, asked.resolved, asked.request_id, asked.arrived)
         self._lease = await self._serving.runtime.lease(asked.recipe)
         sizes = [len(prompt.ids) for prompt in asked.prompts]
-        metrics.began(asked.source, asked.n, sizes, asked.samplings[0].max_tokens, queued)
+        metrics.began(asked.resolved.source, asked.n, sizes, asked.samplings[0].max_tokens, queued)
         submitted = time.perf_counter()
         at_once = self._serving.config.limits.sequences
         sources = [self._source(index) for index in range(asked.count)]
         self._chunks = Interleaved(sources, at_once)
         self._first = await self._chunks.next()
         now = time.perf_counter()
+        if self._trial:
+            self._trial.first_token()
         metrics.first_token(now - asked.arrived, now - submitted)
         merging = self._lease.seconds
         self._timings = {"queue": queued, "merge": merging, "prefill": now - submitted}
+
+    def _tell(self) -> None:
+        """Tell the log how it ended."""
+        if self._trial is None:
+            return
+        whole = not self.open_sequences
+        status = status_of(self._failure) if self._failure else 200 if whole else LEFT
+        usage = self.usage()
+        self._trial.end(
+            status,
+            cache=self._lease.outcome if self._lease else None,
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            reasons=self._reasons,
+            empty=self._empty if whole else None,
+        )
 
     def _source(self, index: int) -> Source:
         assert self._lease is not None
@@ -195,7 +229,9 @@ class Run:
         metrics.tokens(count, now - self._last[index] if self._counts[index] else None)
         self._counts[index] += count
         self._last[index] = now
+        self._empty = self._empty and not chunk.text.strip()
         if chunk.finish_reason is not None:
+            self._reasons.append(chunk.finish_reason)
             self.open_sequences -= 1
             metrics.finished(chunk.finish_reason, self._counts[index], now - self.asked.arrived)
 

@@ -1,7 +1,7 @@
 """Asked: what a request's body says of its merge, taken out of it; the rest is vLLM's to read."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dynmerge_server.errors import SchemaError
@@ -10,6 +10,7 @@ from dynmerge_server.openai.requests import XARGS, MergeFields
 from dynmerge_server.preferences import Wish
 
 _EXTRA, _MODEL = "vllm_xargs", "model"
+_OPTIONS, _USAGE = "stream_options", "include_usage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,25 @@ class Asked:
         if rest is None:
             return cls(data, None, Wish())
         fields = {name: rest.pop(name) for name in MergeFields.model_fields if name in rest}
-        wish = validate(MergeFields, fields).asked(_taken(rest))
+        user = rest.get("user")
+        known = user if isinstance(user, str) else None
+        wish = validate(MergeFields, fields).asked(_taken(rest), known)
         model = rest.get(_MODEL)
         return cls(data, rest, wish, model if isinstance(model, str) else None)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the reply comes in pieces."""
+        return bool(self.rest) and self.rest.get("stream") is True
+
+    def counting(self) -> "Asked | None":
+        """The same stream with its tokens counted at its end; None where that is there, or cannot
+        be asked for.
+        """
+        options = (self.rest or {}).get(_OPTIONS) or {}
+        if not self.streams or not isinstance(options, dict) or options.get(_USAGE):
+            return None
+        return replace(self, rest={**(self.rest or {}), _OPTIONS: {**options, _USAGE: True}})
 
     def body(self, model: str) -> bytes:
         """What vLLM is to read: `model` in place of the client's name for it."""

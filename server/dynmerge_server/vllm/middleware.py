@@ -5,7 +5,8 @@ the same code: the same fields, precedence, errors, headers and block.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,13 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynmerge.errors import DynmergeError, RequestError
-from dynmerge.recipe import Recipe
 from dynmerge_server.applied import Applied
-from dynmerge_server.errors import SchemaError, answer
+from dynmerge_server.errors import LEFT, SchemaError, answer, status_of
+from dynmerge_server.experiments.entry import Resolved, resolve
+from dynmerge_server.experiments.trial import Trial, begin
+from dynmerge_server.openai.asked import REQUEST_ID_HEADER, request_id
 from dynmerge_server.openai.replies import while_connected
 from dynmerge_server.vllm.asked import Asked
 from dynmerge_server.vllm.replies import Reply
 from dynmerge_server.vllm.state import Door, door
+from dynmerge_server.vllm.tally import Tally
 from dynmerge_server.vllm.turn import TURN, Turn
 
 Use = Literal["generates", "names"]  # runs the model, or only says which it means
@@ -45,6 +49,8 @@ PATHS: dict[str, Use] = {
     "/v1/chat/completions/derender": "names",
     "/v1/completions/derender": "names",
 }
+# Whose streams count tokens where they are asked to.
+COUNTED = ("/v1/chat/completions", "/v1/completions")
 # Where vLLM takes the model's name from a header, and puts that in place of the body's.
 SAGEMAKER = "/invocations"
 SAGEMAKER_MODEL = "X-Amzn-SageMaker-Adapter-Identifier"
@@ -97,6 +103,46 @@ class Exchange:
         return scope, receive
 
 
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """A request whose end the log of experiments may want to know."""
+
+    exchange: Exchange
+    trial: Trial | None
+    counted: bool = False  # its tokens, for us alone
+
+    @classmethod
+    def of(cls, exchange: Exchange, door: Door, resolved: Resolved) -> "Telling":
+        """Begin the trial, if there is one. Raises RequestError on an id that is none."""
+        if door.experiments is None or resolved.placed is None:
+            return cls(exchange, None)
+        named = exchange.asked.rest.get("request_id") if exchange.asked.rest else None
+        name = request_id(exchange.headers, named if isinstance(named, str) else None)
+        exchange = replace(exchange, scope=_with_header(exchange.scope, REQUEST_ID_HEADER, name))
+        trial = begin(door.experiments.log, resolved, name, time.perf_counter())
+        counting = exchange.asked.counting() if _path(exchange.scope) in COUNTED else None
+        if counting is None:
+            return cls(exchange, trial)
+        return cls(replace(exchange, asked=counting), trial, True)
+
+    def reply(self, turn: Turn, applied: Applied, timings: Mapping[str, float]) -> Reply:
+        """The way out, which the trial reads along."""
+        tally = Tally(self.trial, applied.outcome) if self.trial else None
+        return Reply(self.exchange.send, turn, applied, timings, tally, self.counted)
+
+    def fail(self, error: DynmergeError) -> None:
+        """Tell that it ended before vLLM had it."""
+        if self.trial is not None:
+            self.trial.end(status_of(error))
+
+    def end(self, reply: Reply | None) -> None:
+        """Tell how it ended, unless that has been told."""
+        if reply is not None:
+            reply.end()
+        elif self.trial is not None:
+            self.trial.end(LEFT)
+
+
 class MergeMiddleware:
     """Gives every request its merge and tells it back; the door is in the application's state."""
 
@@ -128,35 +174,48 @@ class MergeMiddleware:
 
     async def _generate(self, exchange: Exchange, door: Door) -> None:
         served, asked = door.versions.served, exchange.asked
-        recipe, source = served.preferences.resolve(exchange.headers, asked.wish, exchange.model)
+        resolved = await resolve(
+            door.experiments, served.preferences, exchange.headers, asked.wish, exchange.model
+        )
         shown = exchange.model or served.models.base
-        door.metrics.began(source)
-        if recipe.is_base:
-            turn = Turn(shown)
-            reply = Reply(exchange.send, turn, Applied(recipe, source, "base"), {"merge": 0.0})
-            return await self._forward(exchange, served.models.base, turn, reply)
-        if asked.rest and asked.rest.get("background"):
+        door.metrics.began(resolved.source)
+        if asked.rest and asked.rest.get("background") and not resolved.recipe.is_base:
             raise RequestError(
                 "background is not offered with a merge, which is kept while its client waits",
                 "background",
             )
-        return await self._generate_with(exchange, door, recipe, source, shown)
+        serve = self._generate_base if resolved.recipe.is_base else self._generate_with
+        await serve(exchange, door, resolved, shown)
+
+    async def _generate_base(
+        self, exchange: Exchange, door: Door, resolved: Resolved, shown: str
+    ) -> None:
+        told = Telling.of(exchange, door, resolved)
+        applied, turn = Applied(resolved, "base"), Turn(shown)
+        reply = told.reply(turn, applied, {"merge": 0.0})
+        try:
+            await self._forward(told.exchange, door.versions.served.models.base, turn, reply)
+        finally:
+            told.end(reply)
 
     async def _generate_with(
-        self, exchange: Exchange, door: Door, recipe: Recipe, source: str, shown: str
+        self, exchange: Exchange, door: Door, resolved: Resolved, shown: str
     ) -> None:
         started = time.perf_counter()
-        reply = None
-        hold = door.hold(recipe)
+        told, reply = Telling.of(exchange, door, resolved), None
+        hold = door.hold(resolved.recipe)
         try:
             request = Request(exchange.scope, exchange.receive)
             resident = await while_connected(request, hold.take())
-            applied = Applied(recipe, source, hold.outcome, resident.rank, resident.energy)
-            timings = {"merge": time.perf_counter() - started}
+            applied = Applied(resolved, hold.outcome, resident.rank, resident.energy)
             turn = Turn(shown, resident)
-            reply = Reply(exchange.send, turn, applied, timings)
-            await self._forward(exchange, recipe.digest, turn, reply)
+            reply = told.reply(turn, applied, {"merge": time.perf_counter() - started})
+            await self._forward(told.exchange, resolved.recipe.digest, turn, reply)
+        except DynmergeError as error:
+            told.fail(error)
+            raise
         finally:
+            told.end(reply)
             hold.release(after=ABORTED_AFTER if reply and not reply.complete else 0)
             door.metrics.tell(door.residents.stats())
 
@@ -167,6 +226,12 @@ class MergeMiddleware:
             await self.app(scope, receive, reply.send)
         finally:
             TURN.reset(token)
+
+
+def _with_header(scope: Scope, name: str, value: str) -> Scope:
+    changed = {**scope, "headers": list(scope["headers"])}
+    MutableHeaders(scope=changed)[name] = value
+    return changed
 
 
 def _use(scope: Scope) -> Use | None:

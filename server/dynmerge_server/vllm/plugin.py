@@ -4,6 +4,7 @@ It is loaded where VLLM_PLUGINS names it. It adds a middleware and routes to vLL
 then refuses to serve what dynmerge could not do right.
 """
 
+import atexit
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,9 @@ from dynmerge.engines.vllm.logs import speak_as_vllm
 from dynmerge.errors import ConfigError, DynmergeError
 from dynmerge_server.config import ServerConfig
 from dynmerge_server.errors import SchemaError, on_error
+from dynmerge_server.experiments.keeper import Keeper, broken_guardrails
+from dynmerge_server.experiments.lab import open_lab
+from dynmerge_server.experiments.routes import ROUTES as EXPERIMENT_ROUTES
 from dynmerge_server.vllm.metrics import Metrics, collapse
 from dynmerge_server.vllm.middleware import MergeMiddleware
 from dynmerge_server.vllm.residents import Residents
@@ -40,7 +44,7 @@ class Plugin:
     def attach_router(self, app: Any) -> None:
         """Add the middleware, innermost, and the routes, before vLLM's."""
         app.add_middleware(MergeMiddleware)
-        app.router.routes[:0] = ROUTES
+        app.router.routes[:0] = [*ROUTES, *EXPERIMENT_ROUTES]
         for kind in (DynmergeError, SchemaError):
             app.add_exception_handler(kind, on_error)
 
@@ -55,6 +59,10 @@ class Plugin:
         names = tuple(path.name for path in state.openai_serving_models.base_model_paths)
         config = read_settings(plugin.settings, names, _api_keys(args))
         state.dynmerge = await _open(engine_client, plugin, config, names)
+        state.lab = state.dynmerge.lab
+        if state.lab is not None:
+            # vLLM has no hook for its end.
+            atexit.register(Keeper(state.lab, broken_guardrails).close)
         collapse(engine_client, lambda: state.dynmerge.versions.outline.names)
         take_turns(state.openai_serving_models, LoRARequest)
 
@@ -128,6 +136,7 @@ async def _open(
         workers,
         Metrics(names[0]),
         _skills(plugin, config, versions, model),
+        open_lab(config.experiments, lambda: versions.served.preferences),
     )
 
 

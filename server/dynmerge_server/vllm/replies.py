@@ -13,9 +13,10 @@ from starlette.types import Message, Send
 
 from dynmerge.errors import DynmergeError
 from dynmerge_server.applied import Applied
-from dynmerge_server.errors import answer
+from dynmerge_server.errors import LEFT, answer
 from dynmerge_server.json_body import JSON
 from dynmerge_server.sse import DONE, EVENT_STREAM
+from dynmerge_server.vllm.tally import USAGE_ONLY, Tally
 from dynmerge_server.vllm.turn import Turn
 
 _END = b"\n\n"
@@ -27,7 +28,8 @@ class Reply:
     """One reply on its way out. `complete` says that vLLM sent all of it.
 
     Without `applied` no more is told than the client's name for the model. What ran without the
-    merge of its turn is not sent at all.
+    merge of its turn is not sent at all. `tally` reads along; `counted` says that vLLM was asked
+    for the chunk that counts tokens by us alone, so that it is not passed on.
     """
 
     def __init__(
@@ -36,14 +38,20 @@ class Reply:
         turn: Turn,
         applied: Applied | None = None,
         timings: Mapping[str, float] = MappingProxyType({}),
+        tally: Tally | None = None,
+        counted: bool = False,
     ) -> None:
         self._send = send
         self._turn = turn
         self._applied = applied
         self._timings = timings
+        self._tally = tally
+        self._counted = counted
+        self._status = LEFT
         self._start: Message | None = None  # of a reply whose length is not known yet
         self._is_stream = False
         self._held = b""
+        self._last: list[bytes] = []  # an event that may be the last
         self._refused = False
         self.complete = False
 
@@ -58,8 +66,14 @@ class Reply:
         else:
             await self._send(message)
 
+    def end(self) -> None:
+        """Tell the tally how it ended: by vLLM's status, or because its client left."""
+        if self._tally is not None:
+            self._tally.end(self._status if self.complete else LEFT)
+
     async def _begin(self, message: Message) -> None:
         headers = MutableHeaders(scope=message)
+        self._status = message["status"]
         media = headers.get("content-type", "").split(";")[0].strip().lower()
         if message["status"] == 200:
             if not self._turn.served:
@@ -75,6 +89,7 @@ class Reply:
 
     async def _refuse(self) -> None:
         self._refused = self.complete = True
+        self._status = 500
         reply = answer(DynmergeError("vLLM answered without the merge it was given"))
         for message in (
             {
@@ -104,6 +119,8 @@ class Reply:
     def _told(self, data: bytes) -> bytes:
         """A whole reply under the client's name for the model, with the block."""
         content = json.loads(data)
+        if self._tally is not None:
+            self._tally.whole(content)
         for each in content if isinstance(content, list) else [content]:
             if isinstance(each, dict) and "model" in each:
                 each["model"] = self._turn.model
@@ -113,18 +130,27 @@ class Reply:
 
     def _events(self, data: bytes, more: bool) -> bytes:
         """The events of what was held and `data`, but for one that may be the last."""
-        *whole, rest = (self._held + data).split(_END)
-        events = [each + _END for each in whole]
+        *whole, self._held = (self._held + data).split(_END)
+        events = self._last + self._read([each + _END for each in whole])
+        self._last = []
         ready: list[bytes] = []
         for place, event in enumerate(events):
             following = events[place + 1 : place + 2]
             may_be_last = any(sign in event for sign in _MAY_BE_LAST)
             if may_be_last and not following and more:
-                self._held = event + rest
-                return b"".join(ready)
-            ready.append(self._with_block(event) if may_be_last and following == [DONE] else event)
-        self._held = rest if more else b""
-        return b"".join(ready) + (b"" if more else rest)
+                self._last = [event]
+            else:
+                told = may_be_last and following == [DONE]
+                ready.append(self._with_block(event) if told else event)
+        return b"".join(ready) + (b"" if more else self._held)
+
+    def _read(self, events: list[bytes]) -> list[bytes]:
+        """The same, told to the tally, without the chunk that was asked for by us alone."""
+        if self._tally is None:
+            return events
+        for event in events:
+            self._tally.event(event)
+        return [each for each in events if not (self._counted and USAGE_ONLY in each)]
 
     def _with_block(self, event: bytes) -> bytes:
         closing = b"}" + _END

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynmerge.recipe import Recipe
+from dynmerge_server.experiments.lab import Lab
+from dynmerge_server.experiments.live import Experiments
 from dynmerge_server.vllm.hold import Hold
 from dynmerge_server.vllm.metrics import Metrics
 from dynmerge_server.vllm.residents import Residents
@@ -21,6 +23,12 @@ class Door:
     workers: Workers
     metrics: Metrics
     skills: Skills | None  # None where none may be loaded
+    lab: Lab | None = None
+
+    @property
+    def experiments(self) -> Experiments | None:
+        """Those of this server, if it has any."""
+        return self.lab.experiments if self.lab else None
 
     def hold(self, recipe: Recipe) -> Hold:
         """A request's grip on its merge, not taken yet."""

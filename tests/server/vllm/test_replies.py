@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from dynmerge_server.applied import Applied
+from dynmerge_server.experiments.entry import Resolved
 from dynmerge_server.vllm.replies import Reply
 from dynmerge_server.vllm.turn import Turn
 from tests.server.vllm.test_residents import recipe
@@ -21,7 +22,7 @@ async def told(*pieces: bytes) -> list[bytes]:
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
 
-    reply = Reply(send, Turn("m"), Applied(recipe("ada"), "body", "hit"))
+    reply = Reply(send, Turn("m"), Applied(Resolved(recipe("ada"), "body"), "hit"))
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     await reply.send({"type": "http.response.start", "status": 200, "headers": headers})
     for piece in pieces:

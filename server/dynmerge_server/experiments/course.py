@@ -1,0 +1,124 @@
+"""Course: one experiment over time, as its revisions; and what a change may change.
+
+What was compared must stay what it was: once units have had arms, only what says how many take
+part, what is watched and whether it runs may change. Pure; knows no log.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+from dynmerge.errors import ExperimentError
+from dynmerge_server.experiments.declaration import Experiment
+from dynmerge_server.experiments.records import Revision
+
+CHANGEABLE = frozenset(
+    ("weights", "traffic", "ramp", "metrics", "guardrails", "plan", "state", "start", "stop")
+)
+
+
+@dataclass(frozen=True)
+class Course:
+    """All revisions of one experiment, the last of which counts. Never empty."""
+
+    revisions: tuple[Revision, ...]
+
+    @classmethod
+    def all_of(cls, revisions: Sequence[Revision]) -> dict[str, "Course"]:
+        """By experiment, in the order in which they were first declared."""
+        found: dict[str, list[Revision]] = {}
+        for revision in sorted(revisions, key=lambda each: (each.time, each.number)):
+            found.setdefault(revision.experiment, []).append(revision)
+        return {name: cls(tuple(theirs)) for name, theirs in found.items()}
+
+    @property
+    def last(self) -> Revision:
+        """The revision that counts."""
+        return self.revisions[-1]
+
+    @property
+    def phase(self) -> int:
+        """Of that revision."""
+        return self.last.phase
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """As declared last."""
+        return declared(self.last)
+
+    def began_by(self, time: float) -> bool:
+        """Whether units may have had arms by then."""
+        ends = [each.time for each in self.revisions[1:]] + [time]
+        spans = zip(self.revisions, ends, strict=True)
+        return any(_ran(declared(each), each.time, min(end, time)) for each, end in spans)
+
+    def said_by(self, source: str) -> str | None:
+        """The declaration that came last from a source; None where none did."""
+        theirs = [each.declaration for each in self.revisions if each.source == source]
+        return theirs[-1] if theirs else None
+
+    def changed(self, new: Experiment, time: float, source: str, reason: str = "") -> Revision:
+        """The revision that makes `new` count. Raises ExperimentError on what cannot change now."""
+        old = self.experiment
+        if old.state == "stopped":
+            raise ExperimentError(f"experiment {old.name} is stopped, for good: declare a new one")
+        phase = self.phase
+        if self.began_by(time):
+            _check_kept(old, new)
+            phase += old.weights != new.weights
+        return Revision(old.name, self.last.number + 1, phase, time, source, _text(new), reason)
+
+
+def first(experiment: Experiment, time: float, source: str) -> Revision:
+    """The first revision of an experiment."""
+    return Revision(experiment.name, 1, 0, time, source, _text(experiment))
+
+
+def patched(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment with other values under some keys. Raises ExperimentError naming the key.
+
+    A traffic given without a ramp ends the ramp that there was.
+    """
+    if "name" in changes and changes["name"] != experiment.name:
+        raise ExperimentError(f"experiment {experiment.name}: its name stays")
+    table = {**experiment.table(), **changes}
+    if "traffic" in changes and "ramp" not in changes:
+        table["ramp"] = ()
+    return Experiment.parse(experiment.name, table)
+
+
+def declared(revision: Revision) -> Experiment:
+    """What a revision declares."""
+    return Experiment.parse(revision.experiment, json.loads(revision.declaration))
+
+
+def _text(experiment: Experiment) -> str:
+    return json.dumps(experiment.table())  # in the order of arms, which is the hash's
+
+
+def _ran(experiment: Experiment, begin: float, end: float) -> bool:
+    """Whether it gave arms at any time between, both ends included."""
+    if experiment.start is not None:
+        begin = max(begin, experiment.start.timestamp())
+    return begin <= end and experiment.runs_at(begin)
+
+
+def _check_kept(old: Experiment, new: Experiment) -> None:
+    before, now = old.table(), new.table()
+    for item in fields(Experiment):
+        one, other = (json.dumps(each.get(item.name)) for each in (before, now))
+        if item.name not in CHANGEABLE and one != other:
+            raise ExperimentError(
+                f"experiment {old.name} has begun: {item.name} cannot change any more (what can: "
+                f"{', '.join(sorted(CHANGEABLE))}); stop it and declare a new one"
+            )
+    if old.state == "running" and new.state == "draft":
+        raise ExperimentError(f"experiment {old.name} has begun: it can be paused or stopped")
+
+
+def with_state(experiment: Experiment, state: str) -> Experiment:
+    """The same in another state. One that is started by hand does not wait for its time."""
+    more = {"start": None} if state == "running" else {}
+    return patched(replace(experiment, **more), {"state": state})

@@ -1,0 +1,107 @@
+"""Keeper: one thread beside the requests that sees what changed: in the log, by other processes; in
+the declarations' file; and whether a guardrail is broken.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from dynmerge.errors import DynmergeError
+from dynmerge_server.experiments.declaration import Experiment
+from dynmerge_server.experiments.lab import Lab
+
+logger = logging.getLogger("dynmerge.experiments")
+
+SECONDS = 1.0
+Stamp = tuple[int, int, int] | None  # what tells a file from what it was
+
+# An experiment's guardrails that are broken, each as a reason.
+Broken = Callable[[Lab, Experiment], Sequence[str]]
+
+
+class Keeper:
+    """Looks every second until it is closed. What fails is logged, and shown with experiments."""
+
+    def __init__(self, lab: Lab, broken: Broken) -> None:
+        self._lab = lab
+        self._broken = broken
+        self._stamp = stamp(lab.config.file)
+        self._guarded = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dynmerge-experiments", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Look no more, and end the log."""
+        self._over.set()
+        self._thread.join()
+        self._lab.log.close()
+
+    def look(self) -> None:
+        """Look once."""
+        self._lab.experiments.refresh()
+        now = stamp(self._lab.config.file)
+        if now != self._stamp:
+            self._stamp = now
+            self._read_file()
+        if time.monotonic() - self._guarded >= self._lab.config.guard_seconds:
+            self._guarded = time.monotonic()
+            self._guard()
+
+    def _run(self) -> None:
+        while not self._over.wait(SECONDS):
+            try:
+                self.look()
+            except DynmergeError as error:  # the next look may do better
+                logger.error("experiments: %s", error)
+
+    def _read_file(self) -> None:
+        """Take what the file says, or leave all as it is and show what is wrong."""
+        experiments = self._lab.experiments
+        try:
+            self._lab.read_file()
+            experiments.file_error = None
+        except DynmergeError as error:
+            experiments.file_error = str(error)
+            logger.error("experiments stay as they are: %s", error)
+
+    def _guard(self) -> None:
+        now = time.time()
+        for course in list(self._lab.experiments.courses.values()):
+            experiment = course.experiment
+            if experiment.guardrails and experiment.runs_at(now):
+                for reason in self._broken(self._lab, experiment)[:1]:
+                    logger.error("experiment %s is stopped: %s", experiment.name, reason)
+                    self._lab.experiments.turn(experiment.name, "stopped", "guardrail", reason)
+
+
+@contextmanager
+def kept(lab: Lab | None) -> Iterator[None]:
+    """Keep a lab meanwhile, if there is one."""
+    keeper = Keeper(lab, broken_guardrails) if lab else None
+    try:
+        yield
+    finally:
+        if keeper is not None:
+            keeper.close()
+
+
+def stamp(path: Path | None) -> Stamp:
+    """When and as what a file was written; None where there is none."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None
+
+
+def broken_guardrails(lab: Lab, experiment: Experiment) -> Sequence[str]:
+    """By the statistics of the report."""
+    from dynmerge_server.experiments.reading import open_readonly
+    from dynmerge_server.experiments.report.guardrails import broken
+
+    with closing(open_readonly(lab.path)) as connection:
+        return broken(connection, experiment.name)
