@@ -20,7 +20,7 @@ from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Check, Training, best_score, improved
 from dynmerge.errors import CalibrationError, ExamplesError
-from dynmerge.merging.carried.granularity import GRANULARITIES, regmean
+from dynmerge.merging.carried.granularity import GRANULARITIES, by_moments
 from dynmerge.merging.carried.maps import FORMS
 from dynmerge.merging.choice import parse_method, settled
 from dynmerge.merging.parameters import number
@@ -54,7 +54,7 @@ def calibrate(
     `report` is called after each check of a training, whose state `resume` may be; `progress`,
     with examples done and all of them, where a closed form takes long. Raises CalibrationError for
     a plan that cannot be, or where nothing found is better on `held_out` than `linear` is;
-    ExamplesError for a task without texts.
+    StateError for a `resume` of another training; ExamplesError for a task without texts.
     """
     check_plan(plan, student.bank)
     for given in (texts, held_out):
@@ -206,7 +206,9 @@ def regmean_cores(bank: FactorBank, moments: list[Tensor], rho: Tensor) -> list[
     return in_order(
         bank,
         [
-            regmean(group, torch.stack([moments[member] for member in group.members]), rho, RIDGE)
+            by_moments(
+                group, torch.stack([moments[member] for member in group.members]), rho, RIDGE
+            )
             for group in bank.groups
         ],
     )

@@ -19,7 +19,7 @@ from dynmerge.calibration.learned import Learned, weighted
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import UNITS, Plan
 from dynmerge.calibration.teachers import anchor, floored, lessons
-from dynmerge.errors import CalibrationError
+from dynmerge.errors import StateError
 from dynmerge.merging.carried.maps import FORMS
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
@@ -108,14 +108,12 @@ class Training:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, which a training of the same plan, bank and texts had.
 
-        Raises CalibrationError for what is none such: another version may have written it.
+        Raises StateError for what is none such: another version may have written it.
         """
         try:
             self._restore(state)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"what was kept of this training does not fit it ({error!r}): --again starts afresh"
-            ) from error
+            raise StateError(f"the state is none of this training ({error!r})") from error
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]

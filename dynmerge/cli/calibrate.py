@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from dynmerge.cli.asked import Asked
 from dynmerge.cli.console import Step, line, progress_bar, table
 from dynmerge.cli.student import open_student
 from dynmerge.engines.transformers.model import LoadedModel
-from dynmerge.errors import BankError, CalibrationError, ConfigError
+from dynmerge.errors import BankError, CalibrationError, ConfigError, StateError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 from dynmerge.texts.language import examples_of
@@ -37,8 +36,7 @@ from dynmerge.texts.rows import Row, check_alike, read_texts
 from dynmerge.texts.sampled import sample_answers, sample_texts
 
 STATE = "state.pt"
-# What torch.load makes of a file that is none of its own, or only part of one.
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
+DIGEST_BYTES = 32  # of SHA-256, before what torch.save wrote
 # Of the rows without a file of their own, every fourth is held out.
 HELD_OUT_EVERY = 4
 
@@ -75,6 +73,8 @@ def run(folder: Path, wanted: Wanted) -> None:
         report = _Reporter(kept, step)
         try:
             found = calibrate(student, texts, held_out, plan, report, kept.read(), step)
+        except StateError as error:
+            raise StateError(f"{kept.file}: {error}: --again starts afresh") from error
         except CalibrationError:
             if report.ended:  # and is no better than `linear`: nothing to go on from
                 kept.clear()
@@ -201,15 +201,23 @@ class _StateFolder:
         bank_folder = bank_folder.absolute()
         return cls(bank_folder.with_name(f".{bank_folder.name}.{plan.method}-{key}.training"))
 
+    @property
+    def file(self) -> Path:
+        """The state itself."""
+        return self.folder / STATE
+
     def read(self) -> Mapping[str, Any] | None:
-        """The state that is there, if any."""
-        path = self.folder / STATE
+        """The state that is there, if any. Raises StateError unless it is as it was written."""
         try:
-            if not path.is_file():
+            if not self.file.is_file():
                 return None
-            state: Mapping[str, Any] = torch.load(path, weights_only=True)
-        except DAMAGED as error:
-            raise BankError(f"{path} cannot be read ({error}): --again starts afresh") from error
+            kept = self.file.read_bytes()
+        except OSError as error:
+            raise StateError(f"cannot be read ({error.strerror})") from error
+        content = kept[DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != kept[:DIGEST_BYTES]:
+            raise StateError("it is not as it was written")
+        state: Mapping[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
@@ -220,8 +228,10 @@ class _StateFolder:
         partial = self.folder / f"{STATE}.{os.getpid()}.partial"
         try:
             self.folder.mkdir(exist_ok=True)
-            partial.write_bytes(content.getbuffer())
-            partial.replace(self.folder / STATE)
+            with partial.open("wb") as file:
+                file.write(hashlib.sha256(content.getbuffer()).digest())
+                file.write(content.getbuffer())
+            partial.replace(self.file)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()

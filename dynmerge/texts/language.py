@@ -66,7 +66,6 @@ class Choices(Passages):
             raise ExamplesError(f"{unlabelled[0].place} has no answer, and other rows have one")
         passages = [self._passage(turns, row, firsts, room) for row in rows]
         super().__init__(model, passages, tuple(firsts.values()))
-        self.labels = tuple(firsts)
 
     @staticmethod
     def _passage(turns: Turns, row: Row, firsts: Mapping[str, int], room: int) -> Passage:

@@ -70,7 +70,7 @@ def with_tables(cores: Tensor, tables: Tensor, rho: Tensor) -> Tensor:
     return cores + torch.einsum("f,mfpq->mpq", pairs(rho), tables)
 
 
-def regmean(group: FactorGroup, moments: Tensor, rho: Tensor, ridge: float) -> Tensor:
+def by_moments(group: FactorGroup, moments: Tensor, rho: Tensor, ridge: float) -> Tensor:
     """(sum_i rho_i M_i S_i)(sum_i rho_i S_i)^-1 (members, p, q), S_i with a ridge inside.
 
     `moments` S_i (members, N, q, q): second moments of V^T x on task i's text under adapter i. The

@@ -12,8 +12,12 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank, FactorGroup
 from dynmerge.bank.calibration import AT
 from dynmerge.errors import BankError
-from dynmerge.merging.carried.granularity import GRANULARITIES, Granularity, constants_of
-from dynmerge.merging.carried.granularity import regmean as regressed
+from dynmerge.merging.carried.granularity import (
+    GRANULARITIES,
+    Granularity,
+    by_moments,
+    constants_of,
+)
 from dynmerge.merging.carried.maps import FORMS, Tables
 from dynmerge.merging.outcome import Cores
 from dynmerge.merging.parameters import Values, number
@@ -65,7 +69,7 @@ def regmean(support: Support, weights: Tensor, values: Values) -> Cores:
     cores = []
     for group, tables in zip(support.groups, support.bank.learned("regmean"), strict=True):
         moments = tables["moments"].index_select(1, places)
-        cores.append(weights.sum() * regressed(group, moments, rho, ridge))
+        cores.append(weights.sum() * by_moments(group, moments, rho, ridge))
     return Cores(cores)
 
 
