@@ -26,8 +26,8 @@ from study.suites import SUITES
 
 from train import ATTENTION, MLP, PLANS, Plan, train  # isort: skip (study.generative finds it)
 
-# All modules that any skill adapts, at the largest rank of any, the cynic's, and with its scaling: no
-# skill has less room than alone, and served it is still one adapter of one skill's rank.
+# All modules that any skill adapts, with the largest rank of any, the cynic's, and its scaling: no
+# skill has less room than alone, and what is served has one skill's rank, not the sum of all.
 JOINT = Plan(r=12, alpha=24, modules=(*ATTENTION, *MLP))
 PASSES = tuple(skill for skill in SKILLS for _ in range(PLANS[skill].epochs))
 

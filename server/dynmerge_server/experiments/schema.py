@@ -77,6 +77,10 @@ def create(path: Path) -> str:
     try:
         if not path.parent.is_dir():
             raise ConfigError(_cannot(path, "its folder does not exist"))
+        # SQLite opens what is read-only, and fails only when there is something to write.
+        for needed in (path.parent, *([path] if path.exists() else [])):
+            if not os.access(needed, os.W_OK):
+                raise ConfigError(_cannot(path, f"{needed} is read-only"))
         with closing(_in_wal_mode(path)) as connection, transaction(connection):
             if not _tables(connection):
                 for statement in filter(str.strip, TABLES.split(";")):
