@@ -82,8 +82,9 @@ def served(
 ) -> Iterator[Served]:
     """The server of one engine."""
     engine: str = request.param
-    with running(engine, bank_folder, tmp_path_factory.mktemp(engine)) as url:
-        yield Served(engine, url, load_bank(bank_folder), base_folder, adapter_folders)
+    folder = tmp_path_factory.mktemp(engine)
+    with running(engine, bank_folder, folder) as url:
+        yield Served(engine, url, load_bank(bank_folder), base_folder, adapter_folders, folder)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ class Served:
     bank: FactorBank
     base_folder: Path
     adapter_folders: Mapping[str, Path]
+    folder: Path  # its own
     model: str = "tiny"
 
 

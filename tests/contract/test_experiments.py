@@ -1,5 +1,7 @@
 """Experiments: the same arms, words and log, whatever runs the model."""
 
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -7,9 +9,11 @@ import pytest
 
 from dynmerge_server.experiments.assignment import arm_of
 from dynmerge_server.experiments.declaration import parse_all
-from tests.contract.asking import COMPLETION_PATH, HEADER, METHOD_HEADER, reply_to, said, say
-from tests.contract.server import EXPERIMENTS
-from tests.server.asking import CHAT, events
+from dynmerge_server.experiments.feedback import bare
+from dynmerge_server.experiments.reading import open_readonly
+from tests.contract.asking import HEADER, METHOD_HEADER, reply_to, said, say
+from tests.contract.server import EXPERIMENTS, Served
+from tests.server.asking import CHAT, CHAT_PATH, COMPLETION_PATH, events
 
 try:
     import tomllib
@@ -35,10 +39,6 @@ def unit_of(arm: str, after: int = 0) -> str:
 
 async def feedback(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
     return await client.post("/v1/feedback", json=body)
-
-
-async def in_log(client: httpx.AsyncClient) -> int:
-    return int((await client.get("/v1/experiments")).json()["log"]["written"])
 
 
 @pytest.mark.parametrize("arm", list(TONE.arms))
@@ -128,9 +128,10 @@ async def test_feedback_finds_a_request_by_the_clients_own_id(client: httpx.Asyn
     assert stored.json()["status"] == "stored"
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", COMPLETION_PATH])
-async def test_a_stream_is_told_and_counted_alike(client: httpx.AsyncClient, path: str) -> None:
-    before = await measured(client)
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+async def test_a_stream_is_told_and_counted_alike(
+    client: httpx.AsyncClient, served: Served, path: str
+) -> None:
     reply = await reply_to(client, {UNIT: unit_of("mixed")}, path=path, stream=True)
     assert reply.headers["x-dynmerge-experiment"] == "tone=mixed"
     chunks = events(reply)
@@ -139,15 +140,44 @@ async def test_a_stream_is_told_and_counted_alike(client: httpx.AsyncClient, pat
     assert all(chunk["choices"] for chunk in chunks)
     request_id = chunks[0]["id"]
     assert (await feedback(client, request_id=request_id, name="x", value=1)).status_code == 200
-    after = await measured(client)
-    assert after["requests"] - before["requests"] == 1
-    assert after["tokens"] - before["tokens"] == 8
+    found = logged(served, request_id)
+    assert found == {**found, "arm": "mixed", "status": 200, "completion_tokens": 8}
+    assert found["prompt_tokens"] > 0
+    assert 0 < found["ttft"] <= found["latency"]
 
 
-async def measured(client: httpx.AsyncClient) -> dict[str, float]:
-    """Requests of the arm `mixed`, and tokens in their answers, as the report has them."""
-    arm = (await client.get("/v1/experiments/tone")).json()["report"]["arms"]["mixed"]
-    return {"requests": arm["requests"], "tokens": arm["tokens"]}
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+async def test_what_was_measured_is_in_the_log(
+    client: httpx.AsyncClient, served: Served, path: str
+) -> None:
+    reply = await reply_to(client, {UNIT: unit_of("plain")}, path=path, n=2)
+    request_id = reply.json()["id"]
+    await feedback(client, request_id=request_id, name="x", value=1)
+    found = logged(served, request_id)
+    block = reply.json()["dynmerge"]
+    assert found["unit"] != unit_of("plain")
+    for name, value in {
+        "kind": "assigned",
+        "experiment": "tone",
+        "arm": "plain",
+        "preference": block["text"],
+        "method": block["method"],
+        "merge_id": block["merge_id"],
+        "cache": block["cache"],
+        "status": 200,
+        "prompt_tokens": reply.json()["usage"]["prompt_tokens"],
+        "completion_tokens": 16,
+        "finish_reason": "length",
+    }.items():
+        assert found[name] == value
+
+
+def logged(served: Served, request_id: str) -> dict[str, Any]:
+    """A request as the server's log has it."""
+    with closing(open_readonly(served.folder / "experiments.sqlite")) as connection:
+        connection.row_factory = sqlite3.Row
+        query = "SELECT * FROM exposures WHERE request_id = ?"
+        return dict(connection.execute(query, (bare(request_id),)).fetchone())
 
 
 async def test_two_answers_come_without_their_arms(client: httpx.AsyncClient) -> None:

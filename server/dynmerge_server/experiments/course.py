@@ -79,13 +79,16 @@ def first(experiment: Experiment, time: float, source: str) -> Revision:
 def patched(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """The experiment with other values under some keys. Raises ExperimentError naming the key.
 
-    A traffic given without a ramp ends the ramp that there was.
+    A traffic given without a ramp ends the ramp that there was; even weights stay even over other
+    arms.
     """
     if "name" in changes and changes["name"] != experiment.name:
         raise ExperimentError(f"experiment {experiment.name}: its name stays")
     table = {**experiment.table(), **changes}
     if "traffic" in changes and "ramp" not in changes:
         table["ramp"] = ()
+    if "arms" in changes and "weights" not in changes and len(set(table["weights"].values())) == 1:
+        del table["weights"]
     return Experiment.parse(experiment.name, table)
 
 
