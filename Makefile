@@ -18,7 +18,7 @@ setup-demo:
 	@scripts/setup demo
 
 setup-dev:
-	@scripts/setup dev demo
+	@scripts/setup dev demo experiments
 
 demo: setup-demo
 	@$(PYTHON) examples/dictionary/demo.py --bank $(BANK) --port $(PORT)

@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
 
 from dynmerge.errors import LogError
 from dynmerge_server.experiments.reading import Reader
 from dynmerge_server.experiments.records import Exposure, Finish, Outcome, Revision
 from dynmerge_server.experiments.rows import FIRST, REVISIONS, add_revisions
 from dynmerge_server.experiments.schema import Handle, LogConfig, create, reason
-from dynmerge_server.experiments.waiting import Counts, Forget, Tally, Told, Waiting
+from dynmerge_server.experiments.waiting import Answer, Counts, Forget, Tally, Told, Waiting
 from dynmerge_server.experiments.writer import FILE_ERRORS, Writer
 
 __all__ = ["Answer", "Log", "LogConfig", "LogStats"]
@@ -30,8 +29,6 @@ __all__ = ["Answer", "Log", "LogConfig", "LogStats"]
 HASHED_UNITS = 16_384  # remembered
 KEPT_UNITS = 65_536
 FORGET_SECONDS = 10.0
-
-Answer = Literal["stored", "again", "queued"]
 
 
 @dataclass(frozen=True, slots=True)

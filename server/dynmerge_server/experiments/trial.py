@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Sequence
 
 from dynmerge_server.experiments.entry import Resolved
+from dynmerge_server.experiments.feedback import bare
 from dynmerge_server.experiments.log import Log
 from dynmerge_server.experiments.records import Exposure, Finish
 
@@ -62,7 +63,7 @@ def begin(log: Log | None, resolved: Resolved, request_id: str, arrived: float) 
     recipe = resolved.recipe
     exposure = Exposure(
         id=uuid.uuid4().hex,
-        request_id=request_id,
+        request_id=bare(request_id),  # as feedback will look for it
         time=time.time(),
         unit=placed.unit,
         kind=placed.kind,

@@ -1,0 +1,188 @@
+"""The file of declarations: read whole, again when it changes, never at the cost of what runs."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+
+from dynmerge.errors import ConfigError
+from dynmerge.runtime import Runtime
+from dynmerge_server.app import create_app
+from dynmerge_server.config import ServerConfig
+from dynmerge_server.experiments.declaration import Experiment
+from dynmerge_server.experiments.keeper import Keeper, stamp
+from dynmerge_server.experiments.lab import Lab
+from tests.server.asking import CHAT
+from tests.server.conftest import PRESETS
+
+TONE = """
+[experiments.tone]
+traffic = {traffic}
+guardrails = [{{ metric = {{ measure = "error" }}, at_most = 0.1 }}]
+[experiments.tone.arms]
+A = {{ preference = "ada=1" }}
+B = {{ preset = "careful" }}
+"""
+OTHER = """
+[experiments.other]
+arms = { A = {}, B = { preset = "bold" } }
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "experiments.toml"
+    path.write_text(TONE.format(traffic=1.0))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, file: Path) -> ServerConfig:
+    return ServerConfig.load(
+        presets=PRESETS,
+        experiments={"log": {"path": tmp_path / "log.sqlite"}, "file": file},
+    )
+
+
+@pytest.fixture
+def lab(app: Starlette) -> Lab:
+    lab = app.state.lab
+    assert isinstance(lab, Lab)
+    return lab
+
+
+def no_guard(lab: Lab, experiment: Experiment) -> Sequence[str]:
+    return []
+
+
+@pytest.fixture
+def keeper(lab: Lab) -> Keeper:
+    """One that looks when it is told to."""
+    keeper = Keeper(lab, no_guard)
+    keeper._over.set()
+    keeper._thread.join()
+    return keeper
+
+
+def traffic(lab: Lab) -> float:
+    return lab.experiments.course("tone").experiment.traffic
+
+
+async def test_a_change_of_the_file_counts_from_then_on(
+    lab: Lab, keeper: Keeper, file: Path
+) -> None:
+    assert traffic(lab) == 1.0
+    file.write_text(TONE.format(traffic=0.25))
+    keeper.look()
+    assert traffic(lab) == 0.25
+    assert lab.experiments.file_error is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TONE.format(traffic=2.0), "experiments.toml: experiment tone: traffic: "),
+        (TONE.format(traffic=0.5) + OTHER, "experiment other, arm B: no preset named 'bold'"),
+        ("[experiments.tone", "cannot read the configuration"),
+        ("[experiment.tone]", r"no table named experiment \(known: experiments\)"),
+        ("experiments = 3", "a table of experiments by name"),
+        (TONE.format(traffic=0.5).replace("ada=1", "ada=0.9, bob=0.1"), "arms cannot change"),
+    ],
+)
+async def test_a_malformed_change_leaves_the_old_one_and_is_shown(
+    client: httpx.AsyncClient, lab: Lab, keeper: Keeper, file: Path, text: str, message: str
+) -> None:
+    file.write_text(text)
+    keeper.look()
+    assert traffic(lab) == 1.0
+    shown = (await client.get("/v1/experiments")).json()
+    assert [(each["name"], each["traffic"]) for each in shown["data"]] == [("tone", 1.0)]
+    assert re.search(message, shown["file_error"])
+    file.write_text(TONE.format(traffic=0.5))
+    keeper.look()
+    assert lab.experiments.file_error is None
+    assert traffic(lab) == 0.5
+
+
+async def test_a_file_that_is_gone_changes_nothing(lab: Lab, keeper: Keeper, file: Path) -> None:
+    file.unlink()
+    keeper.look()
+    assert traffic(lab) == 1.0
+    assert lab.experiments.file_error is not None
+    assert stamp(file) is None
+
+
+def test_a_server_does_not_start_on_a_wrong_file(
+    runtime: Runtime, config: ServerConfig, file: Path
+) -> None:
+    file.write_text(TONE.format(traffic=1.0).replace("ada=1", "zed=1"))
+    with pytest.raises(ConfigError, match=r"experiments.toml: .*arm A.*no skill named 'zed'"):
+        create_app(runtime, config)
+
+
+def test_a_file_without_a_log_is_refused(runtime: Runtime, file: Path) -> None:
+    config = ServerConfig.load(experiments={"file": file})
+    with pytest.raises(ConfigError, match=r"experiments.file needs experiments.log"):
+        create_app(runtime, config)
+
+
+async def test_a_broken_guardrail_ends_the_experiment(lab: Lab, keeper: Keeper) -> None:
+    asked = []
+
+    def broken(_: Lab, experiment: Experiment) -> Sequence[str]:
+        asked.append(experiment.name)
+        return ["error: 0.4 in the arm B, at most 0.1"]
+
+    guarding = Keeper(lab, broken)
+    guarding._over.set()
+    guarding._thread.join()
+    guarding._guarded -= lab.config.guard_seconds
+    guarding.look()
+    guarding.look()  # not so soon again, nor when it is stopped
+    last = lab.experiments.course("tone").last
+    assert asked == ["tone"]
+    assert (last.source, last.reason) == ("guardrail", "error: 0.4 in the arm B, at most 0.1")
+    assert lab.experiments.course("tone").experiment.state == "stopped"
+
+
+async def test_without_experiments_the_routes_say_so_and_arms_are_refused(
+    runtime: Runtime,
+) -> None:
+    app = create_app(runtime, ServerConfig())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        listed = await client.get("/v1/experiments")
+        voted = await client.post("/v1/feedback", json={})
+        headers = {"X-Dynmerge-Experiment": "tone=A"}
+        asked = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+        plain = await client.post(
+            "/v1/chat/completions", json=CHAT, headers={"X-Dynmerge-Unit": "u1"}
+        )
+    app.state.serving.prompts.close()
+    assert (listed.status_code, voted.status_code, asked.status_code) == (404, 404, 400)
+    assert "experiments.log" in listed.json()["error"]["message"]
+    assert "no experiments" in asked.json()["error"]["message"]
+    assert plain.status_code == 200
+
+
+async def test_an_arm_whose_skill_is_gone_stops_nobody_from_being_answered(
+    client: httpx.AsyncClient, lab: Lab
+) -> None:
+    preferences = lab.preferences()
+    offered = preferences._models.presets
+    preferences._arms.clear()
+    object.__setattr__(preferences._models, "presets", {})  # as if the bank had changed
+    answers = [
+        await client.post(
+            "/v1/chat/completions", json=CHAT, headers={"X-Dynmerge-Unit": f"u{number}"}
+        )
+        for number in range(12)
+    ]
+    object.__setattr__(preferences._models, "presets", offered)
+    assert {reply.status_code for reply in answers} == {200}
+    assert "x-dynmerge-experiment" not in answers[-1].headers
+    shown = (await client.get("/v1/experiments")).json()["data"][0]
+    assert "no preset named 'careful'" in shown["failure"]
