@@ -58,11 +58,12 @@ def _arms(experiment: Experiment, wanted: object) -> Sequence[str]:
     known = list(experiment.arms)
     if wanted is None:
         return _DRAWN.sample(known, 2)
-    right = isinstance(wanted, list) and len(wanted) == 2 and wanted[0] != wanted[1]
-    if not right or not all(arm in known for arm in wanted):
-        message = f"arms are two different ones of {experiment.name}: {', '.join(known)}"
-        raise ExperimentError(message, "arms")
-    return _DRAWN.sample(wanted, 2)
+    if isinstance(wanted, list) and len(wanted) == 2 and wanted[0] != wanted[1]:
+        named = [arm for arm in known if arm in wanted]
+        if len(named) == 2:
+            return _DRAWN.sample(named, 2)
+    message = f"arms are two different ones of {experiment.name}: {', '.join(known)}"
+    raise ExperimentError(message, "arms")
 
 
 async def _answer(

@@ -123,5 +123,5 @@ def _check_kept(old: Experiment, new: Experiment) -> None:
 
 def with_state(experiment: Experiment, state: str) -> Experiment:
     """The same in another state. One that is started by hand does not wait for its time."""
-    more = {"start": None} if state == "running" else {}
-    return patched(replace(experiment, **more), {"state": state})
+    at_once = replace(experiment, start=None) if state == "running" else experiment
+    return patched(at_once, {"state": state})

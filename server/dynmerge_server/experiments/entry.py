@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import http_sf
 from starlette.datastructures import Headers
@@ -163,10 +164,10 @@ def _joining(headers: Headers, wish: Wish) -> Joining | None:
     if text is None:
         return None
     try:
-        members = http_sf.parse(text.encode("ascii"), tltype="dictionary")
+        members: Any = http_sf.parse(text.encode("ascii"), tltype="dictionary")
         ((name, (arm, _)),) = members.items()
-    except (ValueError, UnicodeEncodeError, TypeError):
-        arm = None
+    except ValueError:  # no dictionary, not of one member, or not of ASCII
+        name, arm = "", None
     if arm is not True and not isinstance(arm, http_sf.Token):
         message = f"{EXPERIMENT_HEADER} is one experiment, or one and its arm, as in tone=B"
         raise ExperimentError(message, EXPERIMENT_HEADER)

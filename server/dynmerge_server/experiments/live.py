@@ -192,8 +192,8 @@ class Experiments:
             return Placed(hashed, "assigned", experiment.name, arm, phase), True
         if found.arm is None or experiment.flag is None:
             return Placed(hashed, found.kind, experiment.name, found.arm, course.phase), False
-        arm = await self._flags.arm(experiment, unit) if self._flags else None
-        return Placed(hashed, "flagged", experiment.name, arm, course.phase), False
+        flagged = await self._flags.arm(experiment, unit) if self._flags else None
+        return Placed(hashed, "flagged", experiment.name, flagged, course.phase), False
 
     def _was_there(self, claim: tuple[Placed, bool]) -> bool:
         placed, known = claim

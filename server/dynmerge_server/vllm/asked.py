@@ -41,7 +41,7 @@ class Asked:
     @property
     def streams(self) -> bool:
         """Whether the reply comes in pieces."""
-        return bool(self.rest) and self.rest.get("stream") is True
+        return self.rest is not None and self.rest.get("stream") is True
 
     def counting(self) -> "Asked | None":
         """The same stream with its tokens counted at its end; None where that is there, or cannot

@@ -104,5 +104,5 @@ class EchoServer:
         for index in range(2):
             yield event(choices=[{"index": index, "finish_reason": "stop", "text": ""}])
         if usage:
-            yield event(choices=[], usage={"total_tokens": 3})
+            yield event(choices=[], usage={"total_tokens": 3, "completion_tokens": 2})
         yield "data: [DONE]\n\n"
