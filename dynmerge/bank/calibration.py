@@ -49,6 +49,8 @@ class Calibration:
                 raise BankError(self._of(name, f"is {tensor.dtype}, not float32"))
             if not torch.isfinite(tensor).all():
                 raise BankError(self._of(name, "holds NaN or infinity"))
+        if self.at is not None and not (min(self.at) >= 0 and abs(sum(self.at) - 1) <= 1e-3):
+            raise BankError(self._of(f".{AT}", f"is no preference: {self.at}"))
 
     @cached_property
     def digest(self) -> str:

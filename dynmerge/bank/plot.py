@@ -1,5 +1,6 @@
 """Draw a bank's report: the skills' effective ranks, their overlaps, and where the energy lies."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ def check_picture(file: Path) -> None:
         raise BankError(f"cannot draw {file}: its ending must be one of {', '.join(known)}")
     if not file.parent.is_dir():
         raise BankError(f"cannot draw {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise BankError(f"cannot draw {file}: it is a folder")
+    place = file if file.exists() else file.parent
+    if not os.access(place, os.W_OK):
+        raise BankError(f"cannot draw {file}: {place} is not writable")
 
 
 def save_plot(report: BankReport, file: Path) -> None:

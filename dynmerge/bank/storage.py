@@ -6,6 +6,7 @@ renaming `bank.json`. What is killed half-way leaves the old bank, or none, and 
 `.NAME.*.partial` to delete.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -63,7 +64,7 @@ def add_calibration(folder: Path, calibration: Calibration) -> Manifest:
     the new version begins when `bank.json` is renamed. Waits for whoever holds `locked`. Raises
     BankError.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    folder = edited_place(folder)
     with locked(folder):
         before = read_manifest(folder)
         bank = with_calibration(load_bank(folder), calibration)
@@ -75,7 +76,7 @@ def drop_calibration(folder: Path, method: str) -> Manifest:
 
     As safe as `add_calibration`. Raises BankError, also where it carries none.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    folder = edited_place(folder)
     with locked(folder):
         before = read_manifest(folder)
         return _relearned(folder, before, without_calibration(load_bank(folder), method))
@@ -131,12 +132,25 @@ def locked(folder: Path) -> Iterator[None]:
 def check_writable(folder: Path) -> None:
     """Raise BankError where the bank in `folder` cannot be edited: worth asking before long work.
 
-    A new version is made beside the folder.
+    A new version is made beside the folder and renamed into it: that is tried, with an empty file.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
+    folder = edited_place(folder)
+    complaint = f"cannot write to the bank {folder}"
     for place in (folder, folder.parent):
         if not os.access(place, os.W_OK):
-            raise BankError(f"cannot write to the bank {folder}: {place} is not writable")
+            raise BankError(f"{complaint}: {place} is not writable")
+    with _staged(folder, complaint) as staging:
+        probe = staging / staging.name
+        probe.touch()
+        probe.rename(folder / probe.name).unlink()
+
+
+def edited_place(folder: Path) -> Path:
+    """Where the bank in `folder` is, links followed: new versions are made beside that."""
+    try:
+        return Path(folder).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise BankError(f"cannot read {folder}: {_reason(error)}") from error
 
 
 def load_bank(folder: Path, device: torch.device | str = "cpu") -> FactorBank:
@@ -345,4 +359,9 @@ def _sync(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EXDEV:
+        return (
+            "it is a mount point, and new versions are made beside it and renamed: keep the bank "
+            "in a folder inside the mount"
+        )
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -5,7 +5,7 @@ started from is returned as learned.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -54,14 +54,12 @@ def calibrate(
     `report` is called after each check of a training, whose state `resume` may be; `progress`,
     with examples done and all of them, where a closed form takes long. Raises CalibrationError for
     a plan that cannot be, or where nothing found is better on `held_out` than `linear` is;
-    StateError for a `resume` of another training; ExamplesError for a task without texts.
+    StateError for a `resume` of another training; ExamplesError for a task without texts, or texts
+    of none.
     """
     check_plan(plan, student.bank)
     for given in (texts, held_out):
-        for name in student.bank.names:
-            if name not in given:
-                known = ", ".join(given)
-                raise ExamplesError(f"no texts for the skill {name!r} (given: {known})")
+        _check_texts(given, student.bank.names)
     if plan.method == "tuned":
         return _tuned(student, texts, held_out, plan)
     if plan.method == "regmean":
@@ -102,10 +100,14 @@ def check_plan(plan: Plan, bank: FactorBank) -> None:
         return
     if plan.form not in FORMS:
         raise CalibrationError(f"no form {plan.form!r} (known: {', '.join(FORMS)})")
-    if plan.form == GAUSS_NEWTON and (plan.method != "adamerging" or plan.objective != "distil"):
+    if plan.form == GAUSS_NEWTON and plan.objective != "distil":
         raise CalibrationError(
-            f"{GAUSS_NEWTON} is the closed form of objective distil, for adamerging: not for "
-            f"{plan.method} with objective {plan.objective}; finer ones would be solved too slowly"
+            f"{GAUSS_NEWTON} is the closed form of the objective distil; {plan.objective} has none"
+        )
+    if plan.form == GAUSS_NEWTON and plan.method != "adamerging":
+        raise CalibrationError(
+            f"{GAUSS_NEWTON} is for adamerging: the coefficients of {plan.method} are too many to "
+            "be solved for at a request"
         )
     if (plan.at is not None) != (plan.form == "fixed"):
         raise CalibrationError(
@@ -115,8 +117,19 @@ def check_plan(plan: Plan, bank: FactorBank) -> None:
         _check_at(plan.at, len(bank.names))
 
 
+def _check_texts(given: Texts, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in given:
+            known = ", ".join(given)
+            raise ExamplesError(f"no texts for the skill {name!r} (given: {known})")
+    for name in given:
+        if name not in names:
+            raise ExamplesError(f"texts for no skill, {name!r} (known: {', '.join(names)})")
+
+
 def _check_at(at: tuple[float, ...], tasks: int) -> None:
-    if len(at) != tasks or min(at) < 0 or abs(sum(at) - 1) > 1e-3:
+    # NaN fails every comparison.
+    if len(at) != tasks or not (min(at) >= 0 and abs(sum(at) - 1) <= 1e-3):
         raise CalibrationError(f"{at} is no preference over the bank's {tasks} skills")
     if max(at) == 1:
         raise CalibrationError("one skill alone is its adapter: there is nothing to learn")

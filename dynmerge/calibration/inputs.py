@@ -42,6 +42,11 @@ class LayerMoments:
         """(d_in,): the mean over texts of a text's average, so that a long text counts once."""
         return self.total / self.texts
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it is numbers: a model that overflows gives some that are none."""
+        return bool(self.gram.isfinite().all() and self.total.isfinite().all())
+
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         return LayerMoments(
             self.gram + other.gram,
@@ -65,13 +70,16 @@ class Moments:
         return Moments({name: layer + other.layers[name] for name, layer in self.layers.items()})
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file: about 8 d_in² bytes per layer."""
+        """Write one safetensors file: about 8 d_in² bytes per layer. Raises ExamplesError."""
         tensors = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.gram"] = layer.gram.contiguous()
             tensors[f"{name}.total"] = layer.total.contiguous()
             tensors[f"{name}.counts"] = torch.tensor([layer.tokens, layer.texts])
-        save_file(tensors, path)
+        try:
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            raise ExamplesError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "Moments":
@@ -95,8 +103,9 @@ def collect(
     A batch is what the model takes, `input_ids` and `attention_mask` (rows, tokens); tokens that
     the mask hides are left out, all count where there is none. `target_modules` are layers' names
     or their last parts, as PEFT's list of that name. Memory: 8 d_in² bytes per layer. The model is
-    left as it was. Raises ConfigError for names that no linear layer has and for layers that do not
-    read every token of every row, ExamplesError where there is nothing to read.
+    left as it was. Raises ConfigError for no names, names that no linear layer has and layers that
+    do not read every token of every row; ExamplesError where there is nothing to read, or a layer
+    reads NaN or infinity.
     """
     sums = {name: _Sum(name) for name in _targets(model, target_modules)}
     device = next(model.parameters()).device
@@ -137,11 +146,13 @@ class _Sum:
         self._read = read if self._read is None else self._read + read
 
     def moments(self) -> LayerMoments:
-        """The sums. Raises ExamplesError where the layer read nothing."""
+        """The sums. Raises ExamplesError where the layer read nothing, or what is no number."""
         if self._read is None:
             raise ExamplesError(
                 f"{self.name} read nothing: there were no texts, or it does not run"
             )
+        if not self._read.is_finite:
+            raise ExamplesError(f"{self.name} reads NaN or infinity on these texts")
         return self._read
 
 
@@ -150,13 +161,18 @@ def _stored(name: str, tensors: Mapping[str, Tensor]) -> LayerMoments:
     tokens, texts = (int(count) for count in tensors[f"{name}.counts"])
     if gram.shape != (len(total), len(total)) or min(tokens, texts) < 1:
         raise ValueError(f"{name} has a gram of {tuple(gram.shape)} over {tokens} tokens")
-    return LayerMoments(gram, total, tokens, texts)
+    stored = LayerMoments(gram, total, tokens, texts)
+    if not stored.is_finite:
+        raise ValueError(f"{name} holds NaN or infinity")
+    return stored
 
 
 def _targets(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D)]
     if any(".lora_A." in name for name in names):
         raise ConfigError("the model carries adapters already: collect before get_peft_model")
+    if not target_modules:
+        raise ConfigError("target_modules names no layer: give names such as q_proj")
     for wanted in target_modules:
         if not any(_is_named(name, wanted) for name in names):
             known = dict.fromkeys(name.rpartition(".")[2] for name in names)

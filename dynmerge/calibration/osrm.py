@@ -25,8 +25,8 @@ def initialise(
 
     A mapping of ranks (see `ranks`) says which layers; an int takes all. `form` is a row of FORMS;
     `seed` is for the form that draws. Every other task counts the same, however many texts it has.
-    Raises ConfigError where there are no others, moments lack a layer, a form is unknown, or a rank
-    does not fit.
+    Raises ConfigError where there are no others, moments lack a layer or hold NaN, a form is
+    unknown, or a rank does not fit.
     """
     if form not in FORMS:
         raise ConfigError(f"no form named {form!r} (known: {', '.join(FORMS)})")
@@ -137,7 +137,7 @@ def apply(model: nn.Module, A: Mapping[str, Tensor], adapter_name: str = "defaul
     Call it between `get_peft_model` and the training. The rows have norm 1 where those of PEFT's
     own start are near 1/sqrt(3); nothing rescales them, as in the released code. Either all
     is written or nothing: raises AdapterError where the adapter and A differ in layers or shapes,
-    or `lora_B` is not zero.
+    A holds NaN, or `lora_B` is not zero.
     """
     layers = _adapted(model, adapter_name)
     if layers.keys() != A.keys():
@@ -148,6 +148,8 @@ def apply(model: nn.Module, A: Mapping[str, Tensor], adapter_name: str = "defaul
         shape = tuple(lora_A.weight.shape)
         if tuple(A[name].shape) != shape:
             raise AdapterError(f"{name}: lora_A is {shape}, but A is {tuple(A[name].shape)}")
+        if not A[name].isfinite().all():
+            raise AdapterError(f"{name}: A holds NaN or infinity")
         if lora_B.weight.any():
             raise AdapterError(f"{name}: lora_B is not zero; OSRM comes before any training")
     with torch.no_grad():
@@ -164,6 +166,8 @@ def freeze(model: nn.Module, adapter_name: str = "default") -> None:
 def _layer(task: Moments, name: str) -> LayerMoments:
     if name not in task.layers:
         raise ConfigError(f"no moments of a layer {name!r} (known: {', '.join(task.layers)})")
+    if not task.layers[name].is_finite:
+        raise ConfigError(f"{name}: a task's moments hold NaN or infinity")
     return task.layers[name]
 
 

@@ -1,8 +1,11 @@
 """Plan: what a calibration is asked to learn, and how: all that decides its result but the data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from dynmerge.errors import CalibrationError
 
 Objective = Literal["distil", "entropy", "labels"]
 DEFAULT_FORM = "ratio"
@@ -28,7 +31,8 @@ class Plan:
     by the gap that the start leaves, if `normalise`; `mu` is smooth Tchebycheff's, in those units.
     `rate` is the step size, in units of a table's own scale; `decay` is AdamW's; `pull` is the
     weight of the tables' mean squared distance from their start. The held-out score is taken every
-    `check` steps; `patience` checks without a better one end it.
+    `check` steps; `patience` checks without a better one end it. Raises CalibrationError for a
+    value that none of them takes.
     """
 
     method: str
@@ -45,6 +49,21 @@ class Plan:
     check: int = 25
     patience: int = 3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise CalibrationError(f"no objective {self.objective!r} (known: {known})")
+        for name, least in (("steps", 1), ("batch", 1), ("check", 1), ("patience", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise CalibrationError(f"{name} is {value!r}, not a whole number from {least}")
+        for name in ("rate", "decay", "pull"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise CalibrationError(f"{name} is {value!r}, not a number from 0")
+        if not 0 < self.mu < math.inf:
+            raise CalibrationError(f"mu is {self.mu!r}, not a number above 0")
 
 
 def published(method: str, at: tuple[float, ...], seed: int = 0) -> Plan:

@@ -27,7 +27,12 @@ class Asked:
     rate: float | None = None
     mu: float | None = None
     pull: float | None = None
-    seed: int = 0
+    seed: int | None = None
+
+    @property
+    def drawn_by(self) -> int:
+        """The seed of all that is drawn."""
+        return self.seed or 0
 
     def plan(self, bank: FactorBank) -> Plan:
         """The plan for `bank`. Raises CalibrationError, ConfigError and PreferenceError.
@@ -51,23 +56,23 @@ class Asked:
         ):
             if given not in (None, own):
                 raise ConfigError(f"--published is {option} {own}; {given} is another")
-        return replace(published(self.method, self._at(bank), self.seed), **self._training())
+        return replace(published(self.method, self._at(bank), self.drawn_by), **self._training())
 
     def _plan(self, bank: FactorBank) -> Plan:
         form, objective = self.form or DEFAULT_FORM, self.objective or "distil"
         if self.method in CLOSED:
             self._refuse(self.method, {"form": self.form, "at": self.at, **self._training()})
-            return Plan(self.method, form, objective, seed=self.seed)
+            return Plan(self.method, form, objective, seed=self.drawn_by)
         if form == GAUSS_NEWTON:
             self._refuse(form, {"at": self.at, **self._training()})
-            return Plan(self.method, form, objective, seed=self.seed)
+            return Plan(self.method, form, objective, seed=self.drawn_by)
         if form != "fixed" and self.at is not None:
             raise ConfigError(f"--at is for --form fixed; {form} serves every preference")
         at = self._at(bank) if form == "fixed" else None
         training = self._training()
         if self.method in PULLS:
             training.setdefault("pull", PULLS[self.method])
-        return Plan(self.method, form, objective, at, seed=self.seed, **training)
+        return Plan(self.method, form, objective, at, seed=self.drawn_by, **training)
 
     @staticmethod
     def _refuse(closed: str, options: dict[str, Any]) -> None:
@@ -87,6 +92,7 @@ class Asked:
         wish = Preference.parse(self.at, source="--at")
         wish.require(bank.names, source="--at")
         vector = wish.vector(bank.names)
-        if wish.is_raw or abs(sum(vector) - 1) > 1e-6:
+        raw = wish.is_raw or ";raw" in self.at.replace(" ", "")  # where it sums to 1, too
+        if raw or abs(sum(vector) - 1) > 1e-6:
             raise ConfigError("--at names a preference: weights of skills, without base or ;raw")
         return tuple(vector)

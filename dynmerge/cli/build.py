@@ -14,7 +14,7 @@ from dynmerge.adapters.gate import CONFIG
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank, check_names, with_soups
 from dynmerge.bank.manifest import Manifest
-from dynmerge.bank.storage import check_target, locked, save_bank
+from dynmerge.bank.storage import check_target, check_writable, locked, save_bank
 from dynmerge.cli.console import Step, line, progress_bar, table
 from dynmerge.errors import AdapterError, BankError
 
@@ -35,6 +35,8 @@ def run(
 ) -> None:
     """Build the bank and say what was built; the last line is its folder."""
     check_target(output, replace, option="--replace")
+    if output.is_dir():
+        check_writable(output)
     weights = None if soups is None else _soup_weights(soups)
     with progress_bar() as start:
         model = BaseModel.open(base)

@@ -20,25 +20,31 @@ import torch
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.storage import add_calibration, check_writable, drop_calibration, load_bank
-from dynmerge.calibration.calibrate import calibrate
+from dynmerge.bank.storage import (
+    add_calibration,
+    check_writable,
+    drop_calibration,
+    edited_place,
+    load_bank,
+)
+from dynmerge.calibration.calibrate import GAUSS_NEWTON, calibrate
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Training
-from dynmerge.cli.asked import Asked
-from dynmerge.cli.console import Step, line, progress_bar, table
-from dynmerge.cli.student import open_student
+from dynmerge.cli.asked import CLOSED, Asked
+from dynmerge.cli.console import Step, line, note, progress_bar, table
+from dynmerge.cli.student import examples_for, open_student
 from dynmerge.engines.transformers.model import LoadedModel
 from dynmerge.errors import BankError, CalibrationError, ConfigError, StateError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
-from dynmerge.texts.language import examples_of
-from dynmerge.texts.rows import Row, check_alike, read_texts
+from dynmerge.texts.rows import Row, check_labels, check_rows, read_texts
 from dynmerge.texts.sampled import sample_answers, sample_texts
 
 STATE = "state.pt"
 DIGEST_BYTES = 32  # of SHA-256, before what torch.save wrote
 # Of the rows without a file of their own, every fourth is held out.
 HELD_OUT_EVERY = 4
+SAMPLES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Wanted:
     texts: Mapping[str, Path]
     held_out: Mapping[str, Path]
     labels: Mapping[str, Sequence[str]]
-    samples: int
+    samples: int | None
     base: str | None
     again: bool
 
@@ -62,6 +68,7 @@ def run(folder: Path, wanted: Wanted) -> None:
     _check_known(bank, wanted.labels, "--labels")
     plan = wanted.asked.plan(bank)
     files = _read(bank, wanted)
+    _check_used(bank, wanted, plan, files)
     check_writable(folder)
     student, loaded = open_student(folder, bank, wanted.base)
     with progress_bar() as start:
@@ -69,21 +76,37 @@ def run(folder: Path, wanted: Wanted) -> None:
         kept = _StateFolder.of(folder, bank, plan, texts, held_out)
         if wanted.again:
             kept.clear()
-        step = start("calibrating")
-        report = _Reporter(kept, step)
-        try:
-            found = calibrate(student, texts, held_out, plan, report, kept.read(), step)
-        except StateError as error:
-            raise StateError(f"{kept.file}: {error}: --again starts afresh") from error
-        except CalibrationError:
-            if report.ended:  # and is no better than `linear`: nothing to go on from
-                kept.clear()
-            raise
+        found = _learned(student, texts, held_out, plan, kept, start("calibrating"))
     student.close()
     written = add_calibration(folder, found)
     kept.clear()
     _say(found, written.digest)
     line(str(folder))
+
+
+def _learned(
+    student: Student,
+    texts: Mapping[str, Examples],
+    held_out: Mapping[str, Examples],
+    plan: Plan,
+    kept: "_StateFolder",
+    step: Step,
+) -> Calibration:
+    """What `calibrate` finds, from where it was stopped if it was."""
+    report = _Reporter(kept, step)
+    try:
+        state = report.going_on_from(kept.read())
+        return calibrate(student, texts, held_out, plan, report, state, step)
+    except StateError as error:
+        raise StateError(f"{kept.file}: {error}: --again starts afresh") from error
+    except CalibrationError:
+        if report.ended:  # and is no better than `linear`: nothing to go on from
+            kept.clear()
+        raise
+    except KeyboardInterrupt:
+        if report.kept_at:
+            note(f"stopped at step {report.kept_at}: the same command goes on from there")
+        raise
 
 
 def drop(folder: Path, methods: Sequence[str]) -> None:
@@ -133,12 +156,32 @@ def _read(bank: FactorBank, wanted: Wanted) -> _Files:
         {name: read_texts(path) for name, path in wanted.texts.items()},
         {name: read_texts(path) for name, path in wanted.held_out.items()},
     )
-    for rows in (*files.texts.values(), *files.held_out.values()):
-        check_alike(rows)
+    for name, labels in wanted.labels.items():
+        check_labels(labels, f"--labels {name}")
+    for name, rows in (*files.texts.items(), *files.held_out.items()):
+        check_rows(rows, wanted.labels.get(name))
         for row in rows:
             if labelled and row.prompt is not None and row.answer is None:
                 raise ConfigError(f"{row.place} has no answer, which --objective labels needs")
+    for name in files.texts.keys() & files.held_out.keys():
+        if files.texts[name] == files.held_out[name]:
+            raise ConfigError(
+                f"--held-out {name} has the rows of --texts {name}: it guards nothing"
+            )
     return files
+
+
+def _check_used(bank: FactorBank, wanted: Wanted, plan: Plan, files: _Files) -> None:
+    """Refuse what would be ignored."""
+    if wanted.samples is not None and files.texts.keys() == set(bank.names):
+        raise ConfigError("--samples is for skills without --texts, and every skill has some")
+    closed = plan.method if plan.method in CLOSED else plan.form
+    if wanted.again and closed in (*CLOSED, GAUSS_NEWTON):
+        raise ConfigError(f"--again is not for {closed}, which trains nothing")
+    files_of = [(name, files.texts.get(name)) for name in bank.names]
+    made_up = any(_is_made_up(wanted, *each) for each in (*files_of, *files.held_out.items()))
+    if wanted.asked.seed is not None and plan.method in CLOSED and not made_up:
+        raise ConfigError(f"--seed: nothing is drawn for {closed}, all of whose texts are given")
 
 
 def _examples(
@@ -158,8 +201,8 @@ def _examples(
         if not rows:
             raise ConfigError(f"--texts {name}: one row is too few to hold some out")
         labels = wanted.labels.get(name)
-        texts[name] = examples_of(loaded.model, loaded.tokenizer, rows, labels)
-        held_out[name] = examples_of(loaded.model, loaded.tokenizer, kept, labels)
+        texts[name] = examples_for(loaded, name, rows, labels)
+        held_out[name] = examples_for(loaded, name, kept, labels)
         step(done, len(names))
     return texts, held_out
 
@@ -171,13 +214,20 @@ def _rows(
 
     Prompts without an answer, and not for labels, are answered by the adapter.
     """
-    seed = wanted.asked.seed
+    seed = wanted.asked.drawn_by
     if rows is None:
-        return sample_texts(student, loaded.tokenizer, name, wanted.samples, seed)
-    unanswered = any(row.prompt is not None and row.answer is None for row in rows)
-    if name in wanted.labels or not unanswered:
+        return sample_texts(student, loaded.tokenizer, name, wanted.samples or SAMPLES, seed)
+    if not _is_made_up(wanted, name, rows):
         return rows
     return sample_answers(student, loaded.tokenizer, name, rows, seed)
+
+
+def _is_made_up(wanted: Wanted, name: str, rows: Sequence[Row] | None) -> bool:
+    """Whether the skill says what its rows are, or some of their answers."""
+    if rows is None:
+        return True
+    unanswered = any(row.prompt is not None and row.answer is None for row in rows)
+    return unanswered and name not in wanted.labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +248,7 @@ class _StateFolder:
         digests = [[name, texts[name].digest, held_out[name].digest] for name in bank.names]
         content = json.dumps([bank.coordinates_digest, asdict(plan), digests], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:12]
-        bank_folder = bank_folder.absolute()
+        bank_folder = edited_place(bank_folder)
         return cls(bank_folder.with_name(f".{bank_folder.name}.{plan.method}-{key}.training"))
 
     @property
@@ -209,7 +259,11 @@ class _StateFolder:
     def read(self) -> Mapping[str, Any] | None:
         """The state that is there, if any. Raises StateError unless it is as it was written."""
         try:
-            if not self.file.is_file():
+            if not os.path.lexists(self.folder):
+                return None
+            if not self.folder.is_dir() or (self.file.exists() and not self.file.is_file()):
+                raise StateError("something else is in its place")
+            if not self.file.exists():
                 return None
             kept = self.file.read_bytes()
         except OSError as error:
@@ -238,8 +292,11 @@ class _StateFolder:
             raise BankError(f"cannot keep the training's state: {error}") from error
 
     def clear(self) -> None:
-        """Forget it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget it, and whatever else is in its place."""
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.unlink(missing_ok=True)
 
 
 class _Reporter:
@@ -247,10 +304,19 @@ class _Reporter:
 
     def __init__(self, kept: _StateFolder, step: Step) -> None:
         self._kept, self._step = kept, step
+        self.kept_at = 0  # the step from which the same command goes on
         self.ended = False
+
+    def going_on_from(self, state: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Say so, where there is a state."""
+        if state and "step" in state:
+            self.kept_at = state["step"]
+            note(f"going on from step {self.kept_at} (--again starts afresh)")
+        return state
 
     def __call__(self, training: Training) -> None:
         self._kept.write(training.state())
+        self.kept_at = training.step
         self._step(training.step, training.plan.steps)
         self.ended = training.done
 

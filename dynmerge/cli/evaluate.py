@@ -11,9 +11,8 @@ from dynmerge.bank.outline import Outline
 from dynmerge.bank.plot import save_figure
 from dynmerge.bank.storage import load_bank
 from dynmerge.cli.console import line, progress_bar, table
-from dynmerge.cli.student import open_student
+from dynmerge.cli.student import examples_for, open_student
 from dynmerge.cli.tasks import Task, read_tasks
-from dynmerge.engines.transformers.model import LoadedModel
 from dynmerge.errors import ConfigError
 from dynmerge.evaluation.curves import draw_curves, draw_front
 from dynmerge.evaluation.results import Results
@@ -24,9 +23,7 @@ from dynmerge.merging.demands import default_for
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import MethodChoice, Recipe
-from dynmerge.texts.language import examples_of
-from dynmerge.texts.passages import Passages
-from dynmerge.texts.rows import read_texts
+from dynmerge.texts.rows import Row, check_answered, check_labels, check_rows, read_texts
 
 METHODS, PREFERENCES = "--methods", "--preferences"
 WORD = re.compile(r"uniform|corners|grid:(\d{1,3})")
@@ -51,9 +48,14 @@ def run(
     bank = load_bank(bank_folder)
     _check_skills(bank, tasks, tasks_file)
     recipes = recipes_of(bank, list(tasks), wanted)
+    rows = {skill: _rows(task, f"{tasks_file}: {skill}") for skill, task in tasks.items()}
     _check_output(output)
     student, loaded = open_student(bank_folder, bank, base)
-    examples = {skill: _examples(loaded, task) for skill, task in tasks.items()}
+    examples = {
+        skill: examples_for(loaded, skill, rows[skill], task.labels)
+        for skill, task in tasks.items()
+    }
+    _make(output)
     with progress_bar() as start:
         evaluation = evaluate(student, examples, recipes, wanted.batch, start("evaluating"))
     student.close()
@@ -85,7 +87,10 @@ def recipes_of(bank: FactorBank, skills: Sequence[str], wanted: Wanted) -> list[
 
 def _methods(text: str) -> list[MethodChoice]:
     """`linear, ties;density=0.3`: separated by spaces or commas."""
-    return [parse_method(item, METHODS) for item in re.split(r"[,\s]+", text.strip()) if item]
+    items = [item for item in re.split(r"[,\s]+", text) if item]
+    if not items:
+        raise ConfigError(f"{METHODS}: {text!r} names none; leave it out for what the bank serves")
+    return [parse_method(item, METHODS) for item in items]
 
 
 def _preferences(text: str, skills: Sequence[str]) -> list[Preference]:
@@ -110,17 +115,33 @@ def _check_skills(bank: FactorBank, tasks: Mapping[str, Task], file: Path) -> No
 
 
 def _check_output(output: Path) -> None:
+    """Before the model is loaded, and without making it: what is refused leaves nothing."""
+    there = next(place for place in _upwards(output) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ConfigError(f"{output} cannot be a folder: {there} is none")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"cannot write into {output}: {there} is not writable")
+
+
+def _upwards(place: Path) -> Sequence[Path]:
+    return (place.absolute(), *place.absolute().parents)
+
+
+def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{output} cannot be a folder: {error.strerror}") from error
-    if not os.access(output, os.W_OK):
-        raise ConfigError(f"cannot write into {output}: it is not writable")
 
 
-def _examples(loaded: LoadedModel, task: Task) -> Passages:
+def _rows(task: Task, source: str) -> Sequence[Row]:
+    """Of a task's file, what is evaluated."""
+    if task.labels is not None:
+        check_labels(task.labels, source)
     rows = read_texts(task.file)[: task.limit]
-    return examples_of(loaded.model, loaded.tokenizer, rows, task.labels)
+    check_rows(rows, task.labels)
+    check_answered(rows)
+    return rows
 
 
 def _write(results: Results, output: Path) -> None:

@@ -1,7 +1,7 @@
 """`dynmerge inspect`: what a bank holds, as tables, as JSON or as a picture."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -18,6 +18,7 @@ from dynmerge.recipe import MethodChoice
 
 if TYPE_CHECKING:
     from dynmerge.diagnostics.sensitivity import Sensitivity
+    from dynmerge.texts.rows import Row
 
 MAX_PAIRS = 12  # lines about pairs, those that differ most from chance
 
@@ -40,11 +41,14 @@ def run(
         from dynmerge.bank.plot import check_picture, save_plot
 
         check_picture(plot)
+        if full:
+            check_picture(_second(plot))
     bank = load_bank(folder)
+    rows = _rows(bank, texts) if texts else {}
     with progress_bar() as start:
         report = inspect_bank(bank, progress=start("comparing"))
         found = diagnose_bank(bank, progress=start("diagnosing")) if full else None
-    sensitivity = _sensitivity(folder, bank, texts, base) if texts else None
+    sensitivity = _sensitivity(folder, bank, rows, base) if rows else None
     if json:
         print(_as_json(report, default_for(bank), found, sensitivity))
     else:
@@ -59,27 +63,40 @@ def run(
     if found is not None:
         from dynmerge.diagnostics.figures import save_figures
 
-        drawn.append(plot.with_stem(f"{plot.stem}-full"))
+        drawn.append(_second(plot))
         save_figures(found, sensitivity, drawn[-1])
     if not json:
         line()
         line(f"drawn   {', '.join(map(str, drawn))}")
 
 
-def _sensitivity(
-    folder: Path, bank: FactorBank, texts: Mapping[str, str], base: str | None
-) -> "Sensitivity":
-    """The Jacobian of each skill's entropy on its texts, by the bank's base model."""
-    from dynmerge.cli.student import check_skills, open_student
-    from dynmerge.diagnostics.sensitivity import measure_sensitivity
-    from dynmerge.texts.language import load_examples
+def _second(plot: Path) -> Path:
+    """Where the picture of what --full adds goes."""
+    return plot.with_stem(f"{plot.stem}-full")
+
+
+def _rows(bank: FactorBank, texts: Mapping[str, str]) -> dict[str, Sequence["Row"]]:
+    """Skill -> the rows of its file: all files are read before anything that takes long."""
+    from dynmerge.cli.student import check_skills
+    from dynmerge.texts.rows import check_alike, check_answered, read_texts
 
     check_skills(bank, texts, source="--texts")
+    found: dict[str, Sequence[Row]] = {name: read_texts(Path(file)) for name, file in texts.items()}
+    for rows in found.values():
+        check_alike(rows)
+        check_answered(rows)
+    return found
+
+
+def _sensitivity(
+    folder: Path, bank: FactorBank, rows: Mapping[str, Sequence["Row"]], base: str | None
+) -> "Sensitivity":
+    """The Jacobian of each skill's entropy on its texts, by the bank's base model."""
+    from dynmerge.cli.student import examples_for, open_student
+    from dynmerge.diagnostics.sensitivity import measure_sensitivity
+
     student, model = open_student(folder, bank, base)
-    examples = {
-        name: load_examples(model.model, model.tokenizer, Path(file))
-        for name, file in texts.items()
-    }
+    examples = {name: examples_for(model, name, own) for name, own in rows.items()}
     with progress_bar() as start:
         return measure_sensitivity(student, examples, progress=start("differentiating"))
 

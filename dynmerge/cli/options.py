@@ -6,9 +6,17 @@ from typing import Annotated
 
 import typer
 
+
+def _named(base: str | None) -> str | None:
+    if base is not None and not base.strip():
+        raise typer.BadParameter("it names no model; leave it out for what the bank says")
+    return base
+
+
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="The folder of a bank.")]
 Base = Annotated[
-    str | None, typer.Option(help="The base model; by default what the bank was built on.")
+    str | None,
+    typer.Option(help="The base model; by default what the bank was built on.", callback=_named),
 ]
 PreferenceText = Annotated[
     str, typer.Option("--preference", "-p", help='Such as "math=0.7, code=0.3".')

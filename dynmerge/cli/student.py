@@ -1,6 +1,6 @@
 """The base model of a bank, loaded and ready to carry its merges: for commands that read texts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dynmerge.adapters.base_model import BaseModel
@@ -8,8 +8,11 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.storage import check_base, read_manifest
 from dynmerge.engines.transformers.config import EngineConfig
 from dynmerge.engines.transformers.model import LoadedModel, load_base_model
-from dynmerge.errors import BaseModelError, ConfigError
+from dynmerge.errors import BaseModelError, ConfigError, ExamplesError
 from dynmerge.student import Student
+from dynmerge.texts.language import examples_of
+from dynmerge.texts.passages import Passages
+from dynmerge.texts.rows import Row
 
 
 def open_student(folder: Path, bank: FactorBank, base: str | None) -> tuple[Student, LoadedModel]:
@@ -27,6 +30,16 @@ def open_student(folder: Path, bank: FactorBank, base: str | None) -> tuple[Stud
     check_base(bank, found.fingerprint)
     loaded = load_base_model(found.folder, EngineConfig())
     return Student(loaded.model, bank), loaded
+
+
+def examples_for(
+    loaded: LoadedModel, skill: str, rows: Sequence[Row], labels: Sequence[str] | None = None
+) -> Passages:
+    """The examples of `skill`, which errors name."""
+    try:
+        return examples_of(loaded.model, loaded.tokenizer, rows, labels)
+    except ExamplesError as error:
+        raise ExamplesError(f"{skill}: {error}") from error
 
 
 def check_skills(bank: FactorBank, named: Collection[str], *, source: str) -> None:

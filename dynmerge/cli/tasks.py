@@ -1,6 +1,5 @@
 """Tasks: the YAML file that says which examples each skill is evaluated on."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dynmerge.errors import ConfigError
+
+# What is asked for under each key of a task.
+WANTED = {
+    "file": "it is a path, in quotes if need be",
+    "labels": "it is a list of words, in quotes if need be",
+    "limit": "it is a whole number from 1",
+}
 
 
 class Task(BaseModel):
@@ -18,7 +24,7 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: Path
-    labels: list[str] | None = Field(default=None, min_length=2)
+    labels: list[str] | None = None
     limit: int | None = Field(default=None, ge=1, strict=True)
 
 
@@ -64,11 +70,12 @@ def _placed(task: Task, folder: Path) -> Task:
 
 def _explained(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=True)[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
+    skill, *rest = first["loc"] or ("the file",)
+    where, given = ".".join(map(str, (skill, *rest))), first["input"]
+    if rest == ["[key]"]:
+        return f"the skill {skill} is no text to YAML; put it in quotes"
     if first["type"] == "extra_forbidden":
         return f"{where}: no such key (known: {', '.join(Task.model_fields)})"
-    if isinstance(first["input"], bool) and first["type"] == "string_type":
-        return f"{where}: YAML reads {first['input']} there; put the word in quotes"
-    if first["type"] == "model_type" or not isinstance(first["input"], Mapping | str | int | list):
-        return f"{where}: {first['msg']}; write SKILL: {{file: FILE}}"
-    return f"{where}: {first['msg']}"
+    if rest and first["type"] != "missing":
+        return f"{where}: YAML reads {given!r} there; {WANTED[str(rest[0])]}"
+    return f"{where}: write SKILL: {{file: FILE}}"

@@ -4,6 +4,7 @@ Estimates made with the same draws are paired: what their difference or ratio sa
 luck cancels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,10 @@ SAMPLES, LEVEL = 2000, 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """What was measured, and between which bounds it lies at the level asked for."""
+    """What was measured, and between which bounds it lies at the level asked for.
+
+    A bound may be infinite. All are NaN where there is no number at all.
+    """
 
     value: float
     low: float
@@ -36,9 +40,15 @@ class Estimate:
 
     def interval(self, level: float = LEVEL) -> Interval:
         """The percentile interval; resamplings that give no number (0 / 0) are left out."""
-        tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.draws.dtype)
-        low, high = torch.nanquantile(self.draws, tails).tolist()
-        return Interval(self.value, low, high)
+        low = self._quantile((1 - level) / 2, "lower")
+        return Interval(self.value, low, self._quantile((1 + level) / 2, "higher"))
+
+    def _quantile(self, share: float, outward: str) -> float:
+        """Between two draws; nothing is between one and infinity, and the `outward` one counts."""
+        between = float(torch.nanquantile(self.draws, share))
+        if math.isfinite(between):
+            return between
+        return float(torch.nanquantile(self.draws, share, interpolation=outward))
 
 
 def resamplings(examples: int, samples: int, seed: int, name: str) -> Tensor:
@@ -70,7 +80,7 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 
 def ratio(first: Estimate, second: Estimate) -> Estimate:
-    """first / second; infinite or NaN where the second is 0."""
+    """first / second. Where the second is 0 it is infinite, and 0 / 0 is no number (NaN)."""
     return combined([first, second], lambda pair: pair[..., 0] / pair[..., 1])
 
 

@@ -20,11 +20,17 @@ Point = Mapping[str, Estimate]
 def dominated_volume(points: Tensor, reference: Tensor) -> float:
     """The hypervolume that points (n, skills) dominate above `reference` (skills,); exact.
 
-    NaN where a point is none. By moocore (López-Ibáñez et al.), the field's own library.
+    NaN where a point is none; infinite where one above it in every skill is infinite in some. By
+    moocore (López-Ibáñez et al.), the field's own library.
     """
-    if not points.isfinite().all():
+    if points.isnan().any():
         return math.nan
-    volume = moocore.hypervolume(points.double().numpy(), ref=reference.numpy(), maximise=True)
+    above = points[(points > reference).all(-1)]  # the others dominate nothing
+    if above.isinf().any():
+        return math.inf
+    if not len(above):
+        return 0.0
+    volume = moocore.hypervolume(above.double().numpy(), ref=reference.numpy(), maximise=True)
     return float(volume)
 
 

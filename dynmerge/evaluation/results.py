@@ -105,8 +105,8 @@ class Results:
         return cls(base, bank, LEVEL, samples, seed, tasks, merges, methods)
 
     def to_json(self) -> str:
-        """All of it; what is no number (a ratio to an accuracy of 0) is null."""
-        return json.dumps(_finite(asdict(self)))
+        """All of it; what is infinite or no number (a ratio to an accuracy of 0) is null."""
+        return json.dumps(_finite(asdict(self)), allow_nan=False)
 
     def merge_table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and rows: each merge's accuracy by skill; first each skill's own adapter."""

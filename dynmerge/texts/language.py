@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynmerge.errors import ExamplesError
 from dynmerge.texts.passages import Passage, Passages
-from dynmerge.texts.rows import Row, check_alike, read_texts
+from dynmerge.texts.rows import Row, check_labels, check_rows, read_texts
 from dynmerge.texts.turns import Turns
 
 MAX_TOKENS = 512
@@ -61,17 +61,12 @@ class Choices(Passages):
     ) -> None:
         turns, room = Turns(tokenizer), room_of(model, max_tokens)
         firsts = _first_tokens(turns, labels)
-        unlabelled = [row for row in _some(rows) if row.answer is None]
-        if 0 < len(unlabelled) < len(rows):
-            raise ExamplesError(f"{unlabelled[0].place} has no answer, and other rows have one")
+        check_rows(_some(rows), labels)
         passages = [self._passage(turns, row, firsts, room) for row in rows]
         super().__init__(model, passages, tuple(firsts.values()))
 
     @staticmethod
     def _passage(turns: Turns, row: Row, firsts: Mapping[str, int], room: int) -> Passage:
-        if row.answer is not None and row.answer not in firsts:
-            known = ", ".join(map(repr, firsts))
-            raise ExamplesError(f"{row.place}: the answer {row.answer!r} is no label ({known})")
         prompt = _prompt(turns, row)
         _check_fits(row, len(prompt) + 1, room)
         return Passage(tuple(prompt), (None if row.answer is None else firsts[row.answer],))
@@ -123,14 +118,12 @@ def examples_of(
     max_tokens: int = MAX_TOKENS,
 ) -> Passages:
     """Texts, choices where there are labels, or else answers. Raises ExamplesError if mixed."""
-    check_alike(_some(rows))
-    if rows[0].text is None:
-        if labels is None:
-            return Answers(model, tokenizer, rows, max_tokens)
-        return Choices(model, tokenizer, rows, labels, max_tokens)
+    check_rows(_some(rows), labels)
     if labels is not None:
-        raise ExamplesError(f"{rows[0].place} is a text; labels answer prompts")
-    return Texts(model, tokenizer, rows, max_tokens)
+        return Choices(model, tokenizer, rows, labels, max_tokens)
+    if rows[0].text is not None:
+        return Texts(model, tokenizer, rows, max_tokens)
+    return Answers(model, tokenizer, rows, max_tokens)
 
 
 def _some(rows: Sequence[Row]) -> Sequence[Row]:
@@ -150,8 +143,7 @@ def _prompt(turns: Turns, row: Row) -> list[int]:
 
 def _first_tokens(turns: Turns, labels: Sequence[str]) -> dict[str, int]:
     """Label -> its first token, all different."""
-    if len(labels) < 2:
-        raise ExamplesError(f"labels are at least two; given: {', '.join(map(repr, labels))}")
+    check_labels(labels)
     owners: dict[int, str] = {}
     for label in labels:
         tokens = turns.answer(label, ended=False)

@@ -35,7 +35,8 @@ def read_texts(path: Path) -> list[Row]:
     except OSError as error:
         raise ExamplesError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ExamplesError(f"{path} is not UTF-8: {error.reason}") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ExamplesError(f"{path}:{line} is not UTF-8: {error.reason}") from error
     except ValueError as error:  # a path with a zero byte
         raise ExamplesError(f"{str(path)!r} cannot be read: {error}") from error
     reader = READERS.get(path.suffix)
@@ -52,6 +53,39 @@ def check_alike(rows: Sequence[Row]) -> None:
     texts = [row for row in rows if row.text is not None]
     if 0 < len(texts) < len(rows):
         raise ExamplesError(f"{texts[0].place} is a text, and other rows are prompts")
+
+
+def check_labels(labels: Sequence[str], source: str = "labels") -> None:
+    """Raise ExamplesError, naming `source`, unless they are two different words or more."""
+    if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
+        given = ", ".join(map(repr, labels))
+        raise ExamplesError(f"{source}: labels are two different words or more; given: {given}")
+
+
+def check_rows(rows: Sequence[Row], labels: Sequence[str] | None) -> None:
+    """Raise ExamplesError unless rows can be read together: what needs no tokenizer to know.
+
+    With `labels` all are prompts, and all have an answer that is a label or none has.
+    """
+    check_alike(rows)
+    if labels is None:
+        return
+    if rows[0].text is not None:
+        raise ExamplesError(f"{rows[0].place} is a text; labels answer prompts")
+    unlabelled = [row for row in rows if row.answer is None]
+    if 0 < len(unlabelled) < len(rows):
+        raise ExamplesError(f"{unlabelled[0].place} has no answer, and other rows have one")
+    for row in rows:
+        if row.answer is not None and row.answer not in labels:
+            known = ", ".join(map(repr, labels))
+            raise ExamplesError(f"{row.place}: the answer {row.answer!r} is no label ({known})")
+
+
+def check_answered(rows: Sequence[Row]) -> None:
+    """Raise ExamplesError where a prompt has no answer."""
+    for row in rows:
+        if row.prompt is not None and row.answer is None:
+            raise ExamplesError(f"{row.place} has no answer, and every prompt needs one here")
 
 
 def _numbered(lines: list[str]) -> Iterator[tuple[int, str]]:

@@ -142,6 +142,8 @@ def test_every_method_has_a_draw_of_its_own() -> None:
         ("layers.0.q.Ratio", torch.zeros(2), "is not named MODULE.LABEL"),
         ("../layers.ratio", torch.zeros(2), "is not named MODULE.LABEL"),
         (".at", torch.tensor([0.5, 0.5]), "serves a preference over 2 skills; this bank has 3"),
+        (".at", torch.tensor([1.0, 1.0, 0.0]), r"'\.at' is no preference: \(1\.0, 1\.0, 0\.0\)"),
+        (".at", torch.tensor([1.5, -0.5, 0.0]), r"'\.at' is no preference"),
     ],
 )
 def test_tensors_that_do_not_fit_the_bank_are_refused(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,14 @@ from matplotlib.image import imread
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.bank.inspection import inspect_bank
-from dynmerge.bank.plot import EnergyMap, excess_table, plot_report, save_plot, split_name
+from dynmerge.bank.plot import (
+    EnergyMap,
+    check_picture,
+    excess_table,
+    plot_report,
+    save_plot,
+    split_name,
+)
 from dynmerge.errors import BankError
 from tests.bank_factory import RANKS, random_adapter, random_adapters, random_bank
 
@@ -61,5 +69,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     with pytest.raises(BankError, match=r"there is no folder .*nowhere"):
         save_plot(REPORT, tmp_path / "nowhere" / "bank.png")
     (tmp_path / "bank.png").mkdir()
-    with pytest.raises(BankError, match=r"cannot draw .*bank\.png: Is a directory"):
+    with pytest.raises(BankError, match=r"cannot draw .*bank\.png: it is a folder"):
         save_plot(REPORT, tmp_path / "bank.png")
+
+
+def test_where_nothing_can_be_drawn_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(BankError, match=rf"bank\.png: {tmp_path} is not writable"):
+        check_picture(tmp_path / "bank.png")

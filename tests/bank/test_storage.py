@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from dynmerge.bank.storage import (
     add_calibration,
     check_base,
     check_target,
+    check_writable,
     drop_calibration,
     load_bank,
     read_manifest,
@@ -211,6 +213,45 @@ def rights_of_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+def mounted(place: Path, patched: pytest.MonkeyPatch) -> None:
+    """Have `place` behave as if it were another filesystem."""
+    rename = Path.rename
+
+    def within_one(self: Path, target: Path) -> Path:
+        if self.is_relative_to(place) != target.is_relative_to(place):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    patched.setattr(Path, "rename", within_one)
+
+
+def test_a_bank_that_is_a_mount_point_is_refused_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(folder.iterdir())
+    check_writable(folder)
+    mounted(folder, monkeypatch)
+    with pytest.raises(BankError, match=r"it is a mount point.*keep the bank in a folder inside"):
+        check_writable(folder)
+    assert sorted(folder.iterdir()) == files
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_through_a_link_from_another_filesystem_it_is_the_bank_itself_that_is_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link = tmp_path / "mount" / "bank", tmp_path / "link"
+    save_bank(BANK, folder)
+    link.symlink_to(folder)
+    mounted(folder.parent, monkeypatch)
+    check_writable(link)
+    tuned = Calibration("tuned", "norm", BANK.coordinates_digest, {".p": torch.ones(())})
+    add_calibration(link, tuned)
+    assert load_bank(folder).calibrated == ("tuned",)
+    drop_calibration(link, "tuned")
+    assert load_bank(folder).calibrated == ()
 
 
 def test_a_folder_that_may_not_be_looked_into_is_named(

@@ -1,6 +1,7 @@
 """What `calibrate` gives is what a bank carries and what requests get."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -245,15 +246,17 @@ def test_a_closed_form_that_does_not_help_is_refused(
     [
         (Plan("ties"), r"nothing is learned for the method 'ties' \(known: tuned, regmean, adam"),
         (Plan("tara-a", "spline"), r"no form 'spline' \(known: ratio, bubbles"),
-        (Plan("core", GAUSS_NEWTON), "not for core with objective distil"),
-        (Plan("tara-a", GAUSS_NEWTON), "not for tara-a with objective distil; finer"),
-        (Plan("adamerging", GAUSS_NEWTON, "labels"), "not for adamerging with objective labels"),
+        (Plan("core", GAUSS_NEWTON), "is for adamerging: the coefficients of core are too many"),
+        (Plan("tara-a", GAUSS_NEWTON), "the coefficients of tara-a are too many"),
+        (Plan("adamerging", GAUSS_NEWTON, "labels"), "of the objective distil; labels has none"),
         (Plan("tuned", objective="entropy"), "tuned is chosen by the held-out score"),
         (Plan("tara-a", "fixed"), "belongs to the form fixed"),
         (Plan("tara-a", at=(0.5, 0.5, 0.0)), "belongs to the form fixed"),
         (Plan("tara-a", "fixed", at=(0.5, 0.5)), "no preference over the bank's 3 skills"),
         (Plan("tara-a", "fixed", at=(0.5, 0.7, -0.2)), "no preference over"),
         (Plan("tara-a", "fixed", at=(0.5, 0.5, 0.5)), "no preference over"),
+        (Plan("tara-a", "fixed", at=(math.nan, 0.5, 0.5)), "no preference over"),
+        (Plan("tara-a", "fixed", at=(0.5, math.nan, 0.5)), "no preference over"),
         (Plan("tara-a", "fixed", at=(0.0, 1.0, 0.0)), "nothing to learn"),
     ],
 )
@@ -264,6 +267,31 @@ def test_a_plan_that_cannot_be_is_refused(
         calibrate(small, points, held_points, plan)
 
 
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ({"objective": "x"}, r"no objective 'x' \(known: distil, entropy, labels\)"),
+        ({"rate": math.nan}, "rate is nan, not a number from 0"),
+        ({"rate": -0.1}, "rate is -0.1"),
+        ({"decay": math.inf}, "decay is inf"),
+        ({"pull": -1.0}, "pull is -1.0"),
+        ({"mu": 0.0}, "mu is 0.0, not a number above 0"),
+        ({"mu": math.nan}, "mu is nan"),
+        ({"steps": 0}, "steps is 0, not a whole number from 1"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"batch": 0}, "batch is 0"),
+        ({"check": 0}, "check is 0"),
+        ({"patience": True}, "patience is True"),
+        ({"seed": -1}, "seed is -1, not a whole number from 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_where_it_is_made(
+    setting: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(CalibrationError, match=complaint):
+        Plan("tara-a", **setting)
+
+
 @pytest.mark.parametrize("plan", [QUICK, Plan("regmean"), Plan("adamerging", GAUSS_NEWTON)])
 def test_every_skill_needs_texts(plan: Plan, pupil: Student, texts: Texts, held_out: Texts) -> None:
     some = {name: own for name, own in texts.items() if name != "cyd"}
@@ -271,3 +299,6 @@ def test_every_skill_needs_texts(plan: Plan, pupil: Student, texts: Texts, held_
         calibrate(pupil, some, held_out, plan)
     with pytest.raises(ExamplesError, match="no texts for the skill 'ada'"):
         calibrate(pupil, texts, {}, plan)
+    for given in ((texts | {"eve": texts["ada"]}, held_out), (texts, held_out | {"eve": {}})):
+        with pytest.raises(ExamplesError, match=r"texts for no skill, 'eve' \(known: ada, bob, c"):
+            calibrate(pupil, *given, plan)  # type: ignore[arg-type]

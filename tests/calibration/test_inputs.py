@@ -97,6 +97,8 @@ def test_conv1d_counts_as_linear() -> None:
 def test_collect_names_what_is_wrong(base_model: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match=r"'qkv' \(known: q_proj, k_proj, .*lm_head\)"):
         collect(base_model, [padded(TEXTS)], ["q_proj", "qkv"])
+    with pytest.raises(ConfigError, match="target_modules names no layer"):
+        collect(base_model, [padded(TEXTS)], [])
     with pytest.raises(ExamplesError, match="q_proj read nothing"):
         collect(base_model, [], TARGETS)
     empty = padded(TEXTS)
@@ -105,6 +107,10 @@ def test_collect_names_what_is_wrong(base_model: PreTrainedModel) -> None:
         collect(base_model, [empty], TARGETS)
     with pytest.raises(ConfigError, match=r"lm_head reads \(3, 1, 32\).*\(3, 6\)"):
         collect(base_model, [{**padded(TEXTS), "logits_to_keep": torch.tensor([5])}], ["lm_head"])
+    with torch.no_grad():
+        base_model.model.layers[0].self_attn.o_proj.weight.mul_(float("inf"))
+    with pytest.raises(ExamplesError, match=r"layers.1.self_attn.q_proj reads NaN or infinity"):
+        collect(base_model, [padded(TEXTS)], ["q_proj"])
     peft_model = get_peft_model(base_model, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="collect before get_peft_model"):
         collect(peft_model, [padded(TEXTS)], TARGETS)
@@ -120,6 +126,8 @@ def test_moments_survive_the_disk(base_model: PreTrainedModel, tmp_path: Path) -
         assert torch.equal(layer.gram, moments.layers[name].gram)
         assert torch.equal(layer.total, moments.layers[name].total)
         assert (layer.tokens, layer.texts) == (12, 3)
+    with pytest.raises(ExamplesError, match=r"none/ada.safetensors cannot be written"):
+        moments.save(tmp_path / "none" / path.name)
 
 
 def test_what_is_no_moments_is_refused(tmp_path: Path) -> None:
@@ -135,6 +143,8 @@ def test_what_is_no_moments_is_refused(tmp_path: Path) -> None:
         {"q.counts": counts, "q.gram": torch.ones(2, 2)},
         {"q.counts": counts, "q.gram": torch.ones(2, 3), "q.total": torch.ones(2)},
         {"q.counts": 0 * counts, "q.gram": torch.ones(2, 2), "q.total": torch.ones(2)},
+        {"q.counts": counts, "q.gram": torch.full((2, 2), torch.nan), "q.total": torch.ones(2)},
+        {"q.counts": counts, "q.gram": torch.ones(2, 2), "q.total": torch.full((2,), torch.inf)},
     ):
         save_file(tensors, path)
         with pytest.raises(ExamplesError, match="does not hold moments"):

@@ -136,6 +136,11 @@ def test_initialise_names_what_is_wrong() -> None:
     narrow = [moments_of([text[:, :5] for text in MANY[0]]), others[0]]
     with pytest.raises(ConfigError, match=rf"up reads \[5, {D}\]"):
         osrm.initialise(narrow, RANK)
+    for wrong in (float("nan"), float("inf")):
+        spoilt = [*others, moments_of([MANY[0][0] * wrong])]
+        for form in osrm.FORMS:
+            with pytest.raises(ConfigError, match="up: a task's moments hold NaN or infinity"):
+                osrm.initialise(spoilt, RANK, form)
 
 
 def test_cross_activation_is_the_mean_square_over_tokens() -> None:
@@ -234,6 +239,8 @@ def test_apply_writes_all_or_nothing(base_model: PreTrainedModel) -> None:
         osrm.apply(peft_model, {**A, "wrong_head": A[name]})
     with pytest.raises(AdapterError, match=rf"{name}: lora_A is \(5, \d+\), but A is \(4, \d+\)"):
         osrm.apply(peft_model, {**A, name: A[name][:4]})
+    with pytest.raises(AdapterError, match=f"{name}: A holds NaN or infinity"):
+        osrm.apply(peft_model, {**A, name: A[name] * float("nan")})
     with pytest.raises(AdapterError, match=r"no adapter named 'ada' \(known: default\)"):
         osrm.apply(peft_model, A, "ada")
     assert all(torch.equal(before[key], value) for key, value in peft_model.state_dict().items())

@@ -207,6 +207,14 @@ def test_full_inspection_with_texts_runs_the_base_model(
         (["--full", "--texts", "ada"], "'ada' is not SKILL=FILE"),
         (["--full", "--texts", "eve=x.jsonl"], "no skill named 'eve' (known: ada, bob, cyd, dee)"),
         (["--full", "--texts", "ada=x.jsonl"], "nothing for the skill 'bob'"),
+        (
+            [
+                "--full",
+                "--base=/none",
+                *(f"--texts={name}=no.txt" for name in ["ada", "bob", "cyd", "dee"]),
+            ],
+            "no.txt cannot be read: No such file",
+        ),
     ],
 )
 def test_full_inspection_refuses_texts_that_do_not_fit(

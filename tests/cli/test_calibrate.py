@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import add_calibration, load_bank, read_manifest
+from dynmerge.calibration.train import Training
 from dynmerge.cli import main
 from dynmerge.cli.calibrate import STATE, _StateFolder
 from dynmerge.errors import BankError, MethodError
@@ -111,7 +112,8 @@ def test_prompts_without_answers_are_answered_by_the_skill(
     run: Run, bank: Path, texts: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "open.jsonl").write_text("\n".join(['{"prompt": "mix"}'] * 4))
-    held_out = [f"--held-out={name}={tmp_path / 'cyd.txt'}" for name in NAMES]
+    (tmp_path / "guard.txt").write_text("\n".join(f"a mix of {'skills ' * n}" for n in range(8)))
+    held_out = [f"--held-out={name}={tmp_path / 'guard.txt'}" for name in NAMES]
     texts[0] = f"--texts=ada={tmp_path / 'open.jsonl'}"
     code, _, _ = run(bank, "-m", "tuned", *texts, *held_out)
     assert code == 0
@@ -195,25 +197,27 @@ def saved(content: object) -> bytes:
     return file.getvalue()
 
 
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
-
-
 def test_what_was_stopped_half_way_goes_on(
     run: Run, built: Path, bank: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("-m", "core", *texts, "--steps=26", "--batch=1")
-    write, written = _StateFolder.write, list[int]()
+    write, written, advance = _StateFolder.write, list[int](), Training._advance
 
-    def once(self: _StateFolder, state: Mapping[str, Any]) -> None:
+    def noted(self: _StateFolder, state: Mapping[str, Any]) -> None:
         written.append(state["step"])
         write(self, state)
-        if len(written) == 1:
-            raise Killed
 
-    monkeypatch.setattr(_StateFolder, "write", once)
-    with pytest.raises(Killed):
-        main(["calibrate", str(bank), *words])
+    def stopped(self: Training) -> None:
+        if written:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(_StateFolder, "write", noted)
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_advance", stopped)
+        code, _, err = run(bank, *words)
+    assert code == 130
+    assert "stopped at step 25: the same command goes on from there\n" in err
     assert load_bank(bank).digest == load_bank(built).digest
     (folder,) = bank.parent.glob(".bank.core-*.training")
     other = Path(shutil.copytree(bank, bank.parent / "other" / "bank"))
@@ -233,17 +237,25 @@ def test_what_was_stopped_half_way_goes_on(
         assert refused().startswith("it is not as it was written")
     for strange in ({}, {"step": 25, "checks": [{"when": 25}]}):  # another version's
         write(_StateFolder(folder), strange)
-        assert refused().startswith("the state is none of this training (")
-    code, _, _ = run(bank, *words, "--again")
+        assert "the state is none of this training (" in refused()
+    (folder / STATE).unlink()
+    (folder / STATE).mkdir()
+    assert refused().startswith("something else is in its place")
+    shutil.rmtree(folder)
+    folder.write_text("")
+    assert refused().startswith("something else is in its place")
+    code, _, err = run(bank, *words, "--again")
     assert code == 0
+    assert "going on" not in err
     assert written == [25, 25, 26]
     assert not folder.exists()
 
     # Another plan is another training, and leaves this one's state alone.
     code, _, _ = run(other, "-m", "core", *texts, "--steps=1", "--batch=1")
     assert code == 0
-    code, _, _ = run(other, *words)
+    code, _, err = run(other, *words)
     assert code == 0
+    assert "going on from step 25 (--again starts afresh)\n" in err
     assert written == [25, 25, 26, 1, 26]
     assert load_bank(other).digest == load_bank(bank).digest
     assert [path.name for path in other.parent.glob(".*")] == []
@@ -262,8 +274,19 @@ def test_what_was_stopped_half_way_goes_on(
         (["-m", "core", "--at=ada=1"], "--at is for --form fixed; ratio serves every preference"),
         (["-m", "core", "--form=fixed", "--at=ada"], "one skill alone is its adapter"),
         (["-m", "core", "--form=fixed", "--at=eve"], "no skill named 'eve'"),
+        (["-m", "core", "--form=fixed", "--at=ada=1;raw"], "without base or ;raw"),
+        (["-m", "tuned", "--again"], "--again is not for tuned, which trains nothing"),
+        (
+            ["-m", "adamerging", "--form=gauss-newton", "--again"],
+            "--again is not for gauss-newton, which trains nothing",
+        ),
+        (["-m", "core", "--base="], "Invalid value for '--base': it names no model"),
         (["-m", "core", "--form=fixed", "--at=ada=1, base=1"], "without base or ;raw"),
-        (["-m", "core", "--form=gauss-newton"], "not for core with objective distil"),
+        (["-m", "core", "--form=gauss-newton"], "gauss-newton is for adamerging: the coeffic"),
+        (
+            ["-m", "adamerging", "--form=gauss-newton", "--objective=entropy"],
+            "gauss-newton is the closed form of the objective distil; entropy has none",
+        ),
         (["-m", "tara-a", "--form=gauss-newton", "--steps=9"], "--steps is not for gauss-newton"),
         (["-m", "regmean", "--rate=1"], "--rate is not for regmean, which trains nothing"),
         (["-m", "tuned", "--form=ratio"], "--form is not for tuned"),
@@ -279,10 +302,43 @@ def test_what_was_stopped_half_way_goes_on(
 def test_a_wrong_wish_is_named_before_the_model_is_loaded(
     run: Run, built: Path, words: list[str], reason: str
 ) -> None:
-    code, out, err = run(built, *words, "--base=/none")
+    code, out, err = run(built, "--base=/none", *words)
+    assert (code, out) == (2, "")
+    assert reason in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--samples=9999"], "--samples is for skills without --texts, and every skill has some"),
+        (["--seed=7"], "--seed: nothing is drawn for tuned, all of whose texts are given"),
+        (
+            ["--labels=bob=yes"],
+            "--labels bob: labels are two different words or more; given: 'yes'",
+        ),
+        (["--labels=bob=yes,no,no"], "--labels bob: labels are two different words or more"),
+        (["--labels=bob=yes,"], "given: 'yes', ''"),
+        (["--labels=bob=yes,on"], "bob.jsonl:2: the answer 'no' is no label"),
+        (["--labels=cyd=yes,no"], "cyd.txt:1 is a text; labels answer prompts"),
+        (["--held-out=cyd={folder}/cyd.txt"], "--held-out cyd has the rows of --texts cyd"),
+    ],
+)
+def test_what_texts_leave_no_use_for_is_named_before_the_model_is_loaded(
+    run: Run, built: Path, texts: list[str], tmp_path: Path, words: list[str], reason: str
+) -> None:
+    given = [word.format(folder=tmp_path) for word in words]
+    code, out, err = run(built, "-m", "tuned", "--base=/none", *texts, *given)
     assert (code, out) == (2, "")
     assert reason in err
-    assert "Traceback" not in err
+
+
+def test_labels_that_begin_alike_are_named_with_their_skill(
+    run: Run, built: Path, texts: list[str]
+) -> None:
+    code, _, err = run(built, "-m", "tuned", *texts, "--labels=bob=yes,no,yesterday")
+    assert code == 2
+    assert "bob: the labels 'yes' and 'yesterday' begin with the same token" in err
 
 
 @pytest.mark.parametrize(

@@ -91,15 +91,20 @@ def test_by_default_what_the_bank_serves_at_the_corners_and_in_the_middle(
         ("eve: {file: ada.jsonl}", "no skill named 'eve' (known: ada, bob, cyd)"),
         ("ada: {file: none.jsonl}", "none.jsonl cannot be read: No such file"),
         ("ada: {file: ada.jsonl, lables: [a, b]}", "ada.lables: no such key (known: file, labels"),
-        ("ada: {file: ada.jsonl, limit: 0}", "ada.limit: Input should be greater than"),
-        ("ada: {labels: [a, b]}", "ada.file: Field required"),
-        ("bob: {file: bob.jsonl, labels: [yes, no]}", "YAML reads True there; put the word in q"),
-        ("bob: {file: bob.jsonl, labels: [one]}", "bob.labels: List should have at least 2"),
+        ("ada: {file: ada.jsonl, limit: 0}", "limit: YAML reads 0 there; it is a whole number fr"),
+        ("ada: {file: ada.jsonl, limit: 2.5}", "ada.limit: YAML reads 2.5 there; it is a whole n"),
+        ("ada: {file: 3}", "ada.file: YAML reads 3 there; it is a path, in quotes if need be"),
+        ("1: {file: ada.jsonl}", "the skill 1 is no text to YAML; put it in quotes"),
+        ("ada: {labels: [a, b]}", "ada.file: write SKILL: {file: FILE}"),
+        ("bob: {file: bob.jsonl, labels: [yes, no]}", "bob.labels.0: YAML reads True there; it is"),
+        ("bob: {file: bob.jsonl, labels: [one]}", "bob: labels are two different words or more"),
+        ("bob: {file: bob.jsonl, labels: [a, b, b]}", "yaml: bob: labels are two different words"),
         ("bob: {file: bob.jsonl, labels: [a, b]}", "bob.jsonl:1: the answer 'yes' is no label"),
-        ("bob: {file: open.jsonl, labels: [a, b]}", "the examples of 'bob' have no answers"),
+        ("bob: {file: open.jsonl, labels: [a, b]}", "open.jsonl:1 has no answer"),
         ("bob: {file: open.jsonl}", "open.jsonl:1 has no answer"),
-        ("ada", "the file: "),
-        ("ada: ada.jsonl", "ada: "),
+        ("ada", "the file: write SKILL: {file: FILE}"),
+        ("[ada]", "the file: write SKILL: {file: FILE}"),
+        ("ada: ada.jsonl", "ada: write SKILL: {file: FILE}"),
         ("{}", "names no skill"),
         ("ada: [", "is not YAML"),
         ("[" * 5000, "is not YAML: maximum recursion"),
@@ -107,7 +112,7 @@ def test_by_default_what_the_bank_serves_at_the_corners_and_in_the_middle(
         ("ada: {file: ada.jsonl}\nada: {file: bob.jsonl}", "is not YAML: ada stands there twice"),
         ('ada: {file: "a\\0b.jsonl"}', "cannot be read: embedded null byte"),
         ("ada: {file: ~nobody-here/a.jsonl}", "tasks.yaml: Could not determine home"),
-        ("ada: {file: ada.jsonl, limit: yes}", "ada.limit: Input should be a valid integer"),
+        ("ada: {file: ada.jsonl, limit: yes}", "ada.limit: YAML reads True there; it is a whole"),
     ],
 )
 def test_a_wrong_task_is_named(
@@ -115,10 +120,23 @@ def test_a_wrong_task_is_named(
 ) -> None:
     (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}')
     tasks.write_text(text)
-    code, out, err = run("evaluate", bank, tasks, "-o", tmp_path / "out")
+    code, out, err = run("evaluate", bank, tasks, "-o", tmp_path / "out", "--base", "/none")
     assert (code, out) == (2, "")
     assert reason in err
     assert "Traceback" not in err
+
+
+def test_what_is_refused_leaves_no_folder(
+    run: Run, bank: Path, tasks: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("evaluate", bank, tasks, "-o", tmp_path / "new" / "out", "--base", "/none")
+    assert code == 2
+    assert "'none' is no folder here" in err
+    tasks.write_text('bob: {file: bob.jsonl, labels: ["yes", "no", "yesterday"]}')
+    code, _, err = run("evaluate", bank, tasks, "-o", tmp_path / "new" / "out")
+    assert code == 2
+    assert "bob: the labels 'yes' and 'yesterday' begin with the same token" in err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +145,8 @@ def test_a_wrong_task_is_named(
         (("-p", "eve=1"), "no skill named 'eve'"),
         (("-p", "grid:3"), "a grid of 3 steps is not even in thousandths"),
         (("-m", "tiez"), "--methods: no method 'tiez'"),
+        (("-m", " , "), "--methods: ' , ' names none"),
+        (("-m", ""), "--methods: '' names none"),
         (("-m", "lora-soups"), "--methods: lora-soups needs learned weights"),
     ],
 )

@@ -1,8 +1,18 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from dynmerge.evaluation.bootstrap import difference, least, mean, ratio, resamplings, share
+from dynmerge.evaluation.bootstrap import (
+    Estimate,
+    difference,
+    least,
+    mean,
+    ratio,
+    resamplings,
+    share,
+)
 
 
 def test_intervals_cover_what_they_say() -> None:
@@ -73,3 +83,14 @@ def test_resamplings_without_a_number_are_left_out() -> None:
     assert same.draws.isnan().any()
     found = same.interval()
     assert (found.low, found.value, found.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("endless", [1, 2, 3, 4, 50, 97, 98, 99])
+def test_an_end_among_infinite_resamplings_is_infinite_and_never_no_number(endless: int) -> None:
+    draws = torch.linspace(0, 1, 101, dtype=torch.float64)
+    draws[101 - endless :] = math.inf
+    up, down = Estimate(0.5, draws).interval(), Estimate(-0.5, -draws).interval()
+    low = 0.025 if endless < 98 else 0.02 if endless == 98 else math.inf
+    assert up.low == pytest.approx(low)
+    assert up.high == pytest.approx(0.975 if endless < 3 else math.inf)
+    assert (down.low, down.high) == pytest.approx((-up.high, -up.low))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynmerge.errors import ConfigError
-from dynmerge.evaluation.bootstrap import Estimate
+from dynmerge.evaluation.bootstrap import Estimate, difference, least, mean, ratio
 from dynmerge.evaluation.front import (
     dominated_volume,
     hypervolume,
@@ -41,6 +41,29 @@ def test_the_hypervolume_is_resampled() -> None:
     assert found.low < 0.45
     assert found.high > 0.55
     assert math.isnan(hypervolume([sure(1.0, math.nan)]).value)
+
+
+def test_a_point_that_is_infinite_in_a_skill_dominates_without_bounds_unless_it_is_nothing() -> (
+    None
+):
+    assert hypervolume([sure(1.0, math.inf), sure(0.5, 0.5)]).value == math.inf
+    assert hypervolume([sure(0.0, math.inf), sure(0.5, 0.5)]).value == pytest.approx(0.25)
+    assert hypervolume([sure(0.0, math.inf)]).value == 0
+
+
+def test_where_an_own_adapter_is_never_right_all_numbers_made_of_it_have_the_same_bounds() -> None:
+    """In a fifth of the resamplings, and the merge is right there: no end above can be known."""
+    rare = torch.cat([torch.full((80,), 0.25), torch.zeros(20)]).double()
+    sound = torch.full((100,), 0.5, dtype=torch.float64)
+    own = {"a": Estimate(0.5, sound), "b": Estimate(0.25, rare)}
+    found = {"a": Estimate(0.4, 0.8 * sound), "b": Estimate(0.25, 0.5 * sound)}
+    point = {skill: ratio(found[skill], own[skill]) for skill in own}
+    average, volume = mean(list(point.values())).interval(), hypervolume([point]).interval()
+    assert (average.low, average.high) == (pytest.approx(0.9), math.inf)
+    assert (volume.low, volume.high) == (pytest.approx(0.8), math.inf)
+    worst = least(list(point.values())).interval()
+    assert (worst.low, worst.high) == (pytest.approx(0.8), pytest.approx(0.8))
+    assert difference(mean(list(point.values())), own["a"]).interval().high == math.inf
 
 
 def test_the_front_is_what_nothing_beats() -> None:

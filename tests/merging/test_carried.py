@@ -68,6 +68,12 @@ def test_a_form_that_nobody_knows_is_refused_at_load() -> None:
         Merger(with_calibration(BANK, odd))
 
 
+def test_a_norm_that_is_none_is_refused_at_load() -> None:
+    odd = replace(BANK.calibration("tuned"), tensors={".p": torch.tensor(-1.0)})
+    with pytest.raises(BankError, match="the calibration for tuned: p is -1, below 1"):
+        Merger(with_calibration(BANK, odd))
+
+
 def test_a_form_for_one_preference_says_which() -> None:
     fixed = random_calibration(
         PLAIN, "tara-a", lambda module: {"fixed": (sum(module.ranks),)}, "fixed"

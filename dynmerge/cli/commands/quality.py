@@ -95,10 +95,14 @@ def calibrate(
     pull: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Of what is learned towards its start.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all that is drawn.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Of all that is drawn; by default 0."),
+    ] = None,
     samples: Annotated[
-        int, typer.Option(min=8, help="How many texts a skill without a file makes up.")
-    ] = 128,
+        int | None,
+        typer.Option(min=8, help="How many texts a skill without a file makes up; by default 128."),
+    ] = None,
     base: Base = None,
     again: Annotated[
         bool, typer.Option("--again", help="Start afresh where one was stopped half-way.")

@@ -107,6 +107,8 @@ def check_calibrations(bank: FactorBank) -> None:
                         f"the calibration for {method}: {name}: {label!r} has the shape {has}, "
                         f"not {shape}"
                     )
+        if method == "tuned" and float(calibration.shared["p"]) < 1:
+            raise BankError(f"the calibration for tuned: p is {calibration.shared['p']:g}, below 1")
 
 
 def calibration_tensors(bank: FactorBank) -> Iterator[Tensor]:
