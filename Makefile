@@ -59,6 +59,7 @@ check: lint test examples
 bench: setup-dev
 	$(PYTHON) -m benchmarks.merge
 	$(PYTHON) -m benchmarks.serve
+	$(PYTHON) -m benchmarks.experiments
 
 bench-vllm:
 	@scripts/setup_vllm $(VLLM)

@@ -25,6 +25,7 @@ def main() -> None:
     bank = demo_bank(folder)
     run("merge_and_export.py", str(bank))
     run("osrm_training.py", "--steps", "2", "--targets", "v_proj")
+    run("ab_test.py", str(bank))
     with served(bank, 0) as url:
         run("openai_client.py", url)
 

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from dynmerge.cli.app import app
-from dynmerge.cli.commands import bank, quality, serving  # noqa: F401 - they register themselves
+from dynmerge.cli.commands import (  # noqa: F401 - they register themselves
+    bank,
+    experiments,
+    quality,
+    serving,
+)
 from dynmerge.cli.console import printable
 from dynmerge.errors import DynmergeError
 

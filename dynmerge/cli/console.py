@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -37,6 +37,11 @@ def line(text: str = "") -> None:
     print(printable(text))
 
 
+def note(text: str) -> None:
+    """One line that is no result."""
+    print(printable(text), file=sys.stderr)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A plain table of the result: words to the left, numbers to the right."""
     made = Table(box=None, pad_edge=False, header_style="bold")
@@ -45,6 +50,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         made.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*(printable(_cell(value)) for value in row))
+    show(made)
+
+
+def show(made: RenderableType) -> None:
+    """Something of rich's as the result; its text is nothing that a terminal would obey."""
     # A pipe is as wide as it needs to be.
     width = None if sys.stdout.isatty() else 1000
     Console(markup=False, highlight=False, emoji=False, width=width).print(made)

@@ -25,10 +25,10 @@ OUT = Console(highlight=False)
 
 
 @contextmanager
-def served(bank: Path, port: int) -> Iterator[str]:
+def served(bank: Path, port: int, *options: str) -> Iterator[str]:
     """The URL of a server of `bank`, which ends with the block."""
     dynmerge = Path(sys.executable).with_name("dynmerge")
-    command = [str(dynmerge), "serve", str(bank), "--port", str(port)]
+    command = [str(dynmerge), "serve", str(bank), "--port", str(port), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

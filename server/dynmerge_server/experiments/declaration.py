@@ -189,6 +189,8 @@ class Experiment:
 
     def traffic_at(self, time: float) -> float:
         """The share of traffic by the ramp's last step that is over."""
+        if not self.ramp:
+            return self.traffic
         steps = [step.traffic for step in self.ramp if step.at.timestamp() <= time]
         return steps[-1] if steps else self.traffic
 

@@ -38,7 +38,7 @@ class Keeper:
         """Look no more, and end the log."""
         self._over.set()
         self._thread.join()
-        self._lab.log.close()
+        self._lab.close()
 
     def look(self) -> None:
         """Look once."""

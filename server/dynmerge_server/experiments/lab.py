@@ -7,12 +7,13 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from dynmerge.errors import ConfigError, DynmergeError
+from dynmerge.errors import ConfigError, RequestError
 from dynmerge_server.config import ExperimentsConfig, read_toml
 from dynmerge_server.experiments.course import Course
-from dynmerge_server.experiments.declaration import parse_all
+from dynmerge_server.experiments.declaration import Experiment, parse_all
 from dynmerge_server.experiments.entry import check_arms
-from dynmerge_server.experiments.live import ArmFlags, Experiments
+from dynmerge_server.experiments.flags import Flags
+from dynmerge_server.experiments.live import Experiments
 from dynmerge_server.experiments.log import Log
 from dynmerge_server.preferences import Preferences
 
@@ -26,6 +27,13 @@ class Lab:
     experiments: Experiments
     preferences: Callable[[], Preferences]
     config: ExperimentsConfig
+    flags: Flags | None = None
+
+    def close(self) -> None:
+        """Write what waits, and ask no more flags."""
+        self.log.close()
+        if self.flags is not None:
+            self.flags.close()
 
     @property
     def path(self) -> Path:
@@ -43,11 +51,10 @@ class Lab:
         path = self.config.file
         if path is None:
             return
+        declared = declarations(path)
         try:
-            self.experiments.declare_all(parse_all(_declarations(path)))
-        except ConfigError:
-            raise
-        except DynmergeError as error:
+            self.experiments.declare_all(declared)
+        except RequestError as error:
             raise ConfigError(f"{path.name}: {error}") from None
 
 
@@ -64,11 +71,12 @@ def open_lab(config: ExperimentsConfig, preferences: Callable[[], Preferences]) 
     def check(course: Course) -> None:
         check_arms(preferences(), course)
 
-    lab = Lab(Experiments(Log(config.log), check, _flags(config)), preferences, config)
+    flags = Flags.of(config.flags) if config.flags else None
+    lab = Lab(Experiments(Log(config.log), check, flags), preferences, config, flags)
     try:
         lab.read_file()
     except ConfigError:
-        lab.log.close()
+        lab.close()
         raise
     return lab
 
@@ -82,16 +90,12 @@ def lab(request: Request) -> Lab:
     return found
 
 
-def _declarations(path: Path) -> object:
+def declarations(path: Path) -> dict[str, Experiment]:
+    """The experiments that a file declares. Raises ConfigError naming the file and the key."""
     tables = read_toml(path)
     if unknown := sorted(set(tables) - {TABLE}):
         raise ConfigError(f"{path.name}: no table named {unknown[0]} (known: {TABLE})")
-    return tables.get(TABLE, {})
-
-
-def _flags(config: ExperimentsConfig) -> ArmFlags | None:
-    if config.flags is None:
-        return None
-    from dynmerge_server.experiments.flags import Flags
-
-    return Flags.of(config.flags)
+    try:
+        return parse_all(tables.get(TABLE, {}))
+    except RequestError as error:
+        raise ConfigError(f"{path.name}: {error}") from None

@@ -30,6 +30,7 @@ async def list_experiments(request: Request) -> Response:
             "data": data,
             "file_error": here.experiments.file_error,
             "log": asdict(here.log.stats()),
+            "flags": [asdict(each) for each in here.flags.refusals()] if here.flags else [],
         }
     )
 
