@@ -108,27 +108,30 @@ class Telling:
     """A request whose end the log of experiments may want to know."""
 
     exchange: Exchange
-    trial: Trial | None
+    trial: Trial | None = None
+    request_id: str | None = None
     counted: bool = False  # its tokens, for us alone
 
     @classmethod
     def of(cls, exchange: Exchange, door: Door, resolved: Resolved) -> "Telling":
         """Begin the trial, if there is one. Raises RequestError on an id that is none."""
         if door.experiments is None or resolved.placed is None:
-            return cls(exchange, None)
+            return cls(exchange)
         named = exchange.asked.rest.get("request_id") if exchange.asked.rest else None
         name = request_id(exchange.headers, named if isinstance(named, str) else None)
         exchange = replace(exchange, scope=_with_header(exchange.scope, REQUEST_ID_HEADER, name))
         trial = begin(door.experiments.log, resolved, name, time.perf_counter())
         counting = exchange.asked.counting() if _path(exchange.scope) in COUNTED else None
         if counting is None:
-            return cls(exchange, trial)
-        return cls(replace(exchange, asked=counting), trial, True)
+            return cls(exchange, trial, name)
+        return cls(replace(exchange, asked=counting), trial, name, True)
 
     def reply(self, turn: Turn, applied: Applied, timings: Mapping[str, float]) -> Reply:
         """The way out, which the trial reads along."""
         tally = Tally(self.trial, applied.outcome) if self.trial else None
-        return Reply(self.exchange.send, turn, applied, timings, tally, self.counted)
+        return Reply(
+            self.exchange.send, turn, applied, timings, tally, self.counted, self.request_id
+        )
 
     def fail(self, error: DynmergeError) -> None:
         """Tell that it ended before vLLM had it."""

@@ -15,6 +15,7 @@ from dynmerge.errors import DynmergeError
 from dynmerge_server.applied import Applied
 from dynmerge_server.errors import LEFT, answer
 from dynmerge_server.json_body import JSON
+from dynmerge_server.openai.asked import REQUEST_ID_HEADER
 from dynmerge_server.sse import DONE, EVENT_STREAM
 from dynmerge_server.vllm.tally import USAGE_ONLY, Tally
 from dynmerge_server.vllm.turn import Turn
@@ -28,8 +29,9 @@ class Reply:
     """One reply on its way out. `complete` says that vLLM sent all of it.
 
     Without `applied` no more is told than the client's name for the model. What ran without the
-    merge of its turn is not sent at all. `tally` reads along; `counted` says that vLLM was asked
-    for the chunk that counts tokens by us alone, so that it is not passed on.
+    merge of its turn is not sent at all. `tally` reads along, and `request_id` is what feedback may
+    call the request; `counted` says that vLLM was asked for the chunk that counts tokens by us
+    alone, so that it is not passed on.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Reply:
         timings: Mapping[str, float] = MappingProxyType({}),
         tally: Tally | None = None,
         counted: bool = False,
+        request_id: str | None = None,
     ) -> None:
         self._send = send
         self._turn = turn
@@ -47,6 +50,7 @@ class Reply:
         self._timings = timings
         self._tally = tally
         self._counted = counted
+        self._request_id = request_id
         self._status = LEFT
         self._start: Message | None = None  # of a reply whose length is not known yet
         self._is_stream = False
@@ -81,6 +85,8 @@ class Reply:
             if self._applied is not None:
                 for name, value in self._applied.headers(self._timings).items():
                     headers.append(name, value)
+            if self._request_id is not None:
+                headers.setdefault(REQUEST_ID_HEADER, self._request_id)
             self._is_stream = media == EVENT_STREAM and self._applied is not None
             if media == JSON:
                 self._start = message

@@ -58,6 +58,7 @@ async def test_a_unit_gets_its_arms_merge(
     assert block["experiment"]["kind"] == "assigned"
     assert block["text"] == ARMS[block["experiment"]["arm"]]["preference"]
     assert reply.headers["x-dynmerge-experiment"] == f"tone={block['experiment']['arm']}"
+    assert reply.headers["x-request-id"] == "r1"
     assert server.seen == [{"model": block["merge_id"], "prompt": "a"}]
     [row] = logged(lab)
     assert (row["request_id"], row["status"], row["cache"]) == ("r1", 200, "stored")
