@@ -228,3 +228,17 @@ async def test_who_is_forgotten_is_gone(client: httpx.AsyncClient) -> None:
     assert gone.json() == {"object": "forgotten", "exposures": 1}
     late = await feedback(client, request_id=reply.json()["id"], name="helpful", value=True)
     assert late.status_code == 404
+
+
+async def test_a_report_is_made_where_its_libraries_are(client: httpx.AsyncClient) -> None:
+    await reply_to(client, {UNIT: unit_of("plain", after=500)})
+    reply = await client.get("/v1/experiments/tone")
+    page = await client.get("/v1/experiments/tone/report.html")
+    if reply.status_code == 503:
+        assert "pip install 'dynmerge[experiments]'" in reply.json()["error"]["message"]
+        assert "/" not in reply.json()["error"]["message"]
+        return
+    assert reply.json()["report"]["verdict"]["decision"] == "few"
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "tone" in page.text

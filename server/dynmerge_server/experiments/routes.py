@@ -9,12 +9,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dynmerge.errors import ExperimentError
+from dynmerge.errors import ConfigError, ExperimentError
 from dynmerge_server.experiments import feedback
 from dynmerge_server.experiments.compare import compare
 from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import State
 from dynmerge_server.experiments.lab import Lab, lab
+from dynmerge_server.experiments.report.report import Report, report_of
 from dynmerge_server.json_body import read_object
 
 TURNS: dict[str, State] = {"start": "running", "pause": "paused", "stop": "stopped"}
@@ -113,10 +114,12 @@ def _name(request: Request) -> str:
     return str(request.path_params["name"])
 
 
-def _report(here: Lab, course: Course) -> Any:
-    from dynmerge_server.experiments.report.report import report_of
-
-    return report_of(here.path, course.experiment.name)
+def _report(here: Lab, course: Course) -> Report:
+    """Raises HTTPException where it cannot be made, without saying where the log is."""
+    try:
+        return report_of(here.path, course.experiment.name)
+    except ConfigError as error:
+        raise HTTPException(503, str(error).replace(str(here.path), "")) from error
 
 
 def _shown(here: Lab, course: Course) -> dict[str, Any]:

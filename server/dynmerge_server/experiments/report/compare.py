@@ -8,11 +8,12 @@ from dataclasses import replace
 from math import exp, log
 
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from tea_tasting.aggr import Aggregates
+from tea_tasting.experiment import ExperimentResult
 from tea_tasting.metrics import Mean
 from tea_tasting.metrics.mean import MeanResult
+from tea_tasting.multiplicity import adjust_fwer
 
 from dynmerge_server.experiments.report.results import (
     ArmMean,
@@ -68,17 +69,34 @@ def compare(name: str, control: Sample | None, arm: Sample | None, alpha: float)
     )
 
 
+def difference(control: Sample | None, arm: Sample | None, alpha: float) -> Estimate | None:
+    """The difference alone; None where there are too few units."""
+    if control is None or arm is None or too_few((control, arm)):
+        return None
+    pair = control, arm
+    found, error = _absolute(pair, _covariate(pair), alpha)
+    return _estimate(found, error, control.units + arm.units, alpha)
+
+
 def adjusted(results: Sequence[MetricResult]) -> tuple[MetricResult, ...]:
     """The same with p-values by Holm over all that are there."""
-    p = [each.fixed_p for result in results for each in result.comparisons]
-    tested = [value for value in p if value is not None]
-    by_holm = iter(multipletests(tested, method="holm")[1] if tested else ())
-
-    def of(each: Comparison) -> Comparison:
-        return each if each.fixed_p is None else replace(each, adjusted_p=float(next(by_holm)))
-
+    raw = {
+        f"{each.arm} {result.name}": {"pvalue": each.fixed_p}
+        for result in results
+        for each in result.comparisons
+        if each.fixed_p is not None
+    }
+    # Without assumptions on how metrics depend on each other, its step-down by Bonferroni is Holm's.
+    found = adjust_fwer(ExperimentResult(raw), arbitrary_dependence=True, method="bonferroni")
+    by_name = {name: each["pvalue_adj"] for tests in found.values() for name, each in tests.items()}
     return tuple(
-        replace(result, comparisons=tuple(of(each) for each in result.comparisons))
+        replace(
+            result,
+            comparisons=tuple(
+                replace(each, adjusted_p=by_name.get(f"{each.arm} {result.name}"))
+                for each in result.comparisons
+            ),
+        )
         for result in results
     )
 

@@ -5,7 +5,7 @@ A look takes the units that had come by then with all that is known of them now.
 
 import numpy as np
 
-from dynmerge_server.experiments.report.compare import compare
+from dynmerge_server.experiments.report.compare import difference
 from dynmerge_server.experiments.report.results import Estimate, Look
 from dynmerge_server.experiments.report.samples import Sample, samples
 from dynmerge_server.experiments.report.table import Column, Table
@@ -40,5 +40,4 @@ def _differences(
 ) -> tuple[Estimate | None, ...]:
     """Of all arms but the control, in their order; None where a look is too early."""
     others = arms[:control] + arms[control + 1 :]
-    found = [compare("", arms[control], arm, alpha) for arm in others]
-    return tuple(each.difference if each.too_few is None else None for each in found)
+    return tuple(difference(arms[control], arm, alpha) for arm in others)
