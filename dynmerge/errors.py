@@ -18,6 +18,7 @@ DynmergeError
 │   └── StateError      what was kept of a training is damaged, or does not fit it
 ├── ConfigError         an unknown key in a configuration, or a value out of range
 ├── LogError            the log of experiments cannot be read or written now
+├── Unavailable         what this server was not set up for
 ├── Overloaded          the queue or the merge cache is full; worth trying again
 │   └── Abandoned       a merge that nobody waited for any more
 └── EngineDead          the engine stopped and could not be restarted
@@ -98,6 +99,10 @@ class ConfigError(DynmergeError):
 
 class LogError(DynmergeError):
     """The log of experiments cannot be read or written now, or has no room for a record."""
+
+
+class Unavailable(DynmergeError):
+    """Something that this server lacks the settings or the libraries for."""
 
 
 class Overloaded(DynmergeError):

@@ -30,8 +30,11 @@ def show_all(server: str) -> None:
     for each in found["data"]:
         if each["failure"]:
             note(f"{each['name']} gives no arms: {each['failure']}")
-    if found["file_error"]:
-        note(f"the file is not followed: {found['file_error']}")
+    for name, reason in found["unreadable"].items():
+        note(f"{name} cannot be read by this version: {reason}")
+    for what, reason in (("the file is not followed", "file_error"), ("not looked after", "error")):
+        if found[reason]:
+            note(f"{what}: {found[reason]}")
     for each in found["flags"]:
         note(
             f"{each['experiment']}: {each['count']} requests without an arm, {each['reason']}: "
@@ -53,8 +56,9 @@ def check_file(file: Path) -> None:
 
 def post(server: str, name: str, what: str, body: Mapping[str, Any] | None = None) -> None:
     """Change an experiment, and say what it is then."""
-    found = _ask(server, "POST", f"/v1/experiments/{name}/{what}", body)
-    line(f"{found['name']}: {found['state']}, traffic {found['traffic']:g}")
+    found = _ask(server, "POST", f"/v1/experiments/{name}/{what}", body or {})
+    waits = "" if found["runs"] or found["state"] != "running" else ", but not at this time"
+    line(f"{found['name']}: {found['state']}{waits}, traffic {found['traffic']:g}")
 
 
 def forget_unit(server: str, unit: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynmerge.runtime import Lease
-from dynmerge_server.experiments.entry import Resolved
+from dynmerge_server.experiments.entry import SESSION_HEADER, Resolved
 from dynmerge_server.experiments.live import Placed
 from dynmerge_server.preferences import EXPERIMENT_HEADER, METHOD_HEADER, REQUEST_HEADERS
 
@@ -56,7 +56,7 @@ class Applied:
             "Server-Timing": ", ".join(
                 f"{name};dur={seconds * 1000:.3g}" for name, seconds in timings.items()
             ),
-            "Vary": ", ".join(REQUEST_HEADERS),
+            "Vary": ", ".join((*REQUEST_HEADERS, SESSION_HEADER)),
         }
 
     def block(self) -> dict[str, Any]:

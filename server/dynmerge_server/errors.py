@@ -25,6 +25,7 @@ from dynmerge.errors import (
     Overloaded,
     PromptTooLong,
     RequestError,
+    Unavailable,
     UnknownExperiment,
     UnknownModel,
     UnknownRequest,
@@ -73,6 +74,7 @@ KINDS: dict[type[Exception], Kind] = {
     RequestError: Kind(400, "BadRequestError"),
     AdapterError: Kind(400, "BadRequestError"),
     LogError: Kind(503, "ServiceUnavailableError", retry=True),
+    Unavailable: Kind(501, "NotImplementedError"),
     Overloaded: Kind(503, "ServiceUnavailableError", retry=True),
     EngineDead: Kind(503, "ServiceUnavailableError", retry=True),
 }

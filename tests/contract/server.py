@@ -58,7 +58,7 @@ plain = { preference = "ada=1" }
 mixed = { preset = "mixed", method = "linear;scale=0.9" }
 none = {}
 """
-START_SECONDS = 240
+START_SECONDS = 600
 END_SECONDS = 60
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from dynmerge.errors import ExperimentError
@@ -27,11 +28,12 @@ class Course:
 
     @classmethod
     def all_of(cls, revisions: Sequence[Revision]) -> dict[str, "Course"]:
-        """By experiment, in the order in which they were first declared."""
+        """By experiment, in that order; each one's count by their number, whatever clocks say."""
         found: dict[str, list[Revision]] = {}
-        for revision in sorted(revisions, key=lambda each: (each.time, each.number)):
+        for revision in revisions:
             found.setdefault(revision.experiment, []).append(revision)
-        return {name: cls(tuple(theirs)) for name, theirs in found.items()}
+        by_number = attrgetter("number")
+        return {name: cls(tuple(sorted(all_, key=by_number))) for name, all_ in found.items()}
 
     @property
     def last(self) -> Revision:
@@ -44,15 +46,25 @@ class Course:
         return self.last.phase
 
     @cached_property
+    def experiments(self) -> tuple[Experiment, ...]:
+        """As declared by each revision. Raises ExperimentError on what this version cannot read."""
+        return tuple(declared(each) for each in self.revisions)
+
+    @property
     def experiment(self) -> Experiment:
         """As declared last."""
-        return declared(self.last)
+        return self.experiments[-1]
 
-    def began_by(self, time: float) -> bool:
-        """Whether units may have had arms by then."""
+    def began(self, time: float) -> float | None:
+        """When units could first have had arms; None where that was not by `time`."""
         ends = [each.time for each in self.revisions[1:]] + [time]
-        spans = zip(self.revisions, ends, strict=True)
-        return any(_ran(declared(each), each.time, min(end, time)) for each, end in spans)
+        for revision, experiment, end in zip(self.revisions, self.experiments, ends, strict=True):
+            begin = revision.time
+            if experiment.start is not None:
+                begin = max(begin, experiment.start.timestamp())
+            if begin <= min(end, time) and experiment.runs_at(begin):
+                return begin
+        return None
 
     def said_by(self, source: str) -> str | None:
         """The declaration that came last from a source; None where none did."""
@@ -65,7 +77,7 @@ class Course:
         if old.state == "stopped":
             raise ExperimentError(f"experiment {old.name} is stopped, for good: declare a new one")
         phase = self.phase
-        if self.began_by(time):
+        if self.began(time) is not None:
             _check_kept(old, new)
             phase += old.weights != new.weights
         return Revision(old.name, self.last.number + 1, phase, time, source, _text(new), reason)
@@ -99,13 +111,6 @@ def declared(revision: Revision) -> Experiment:
 
 def _text(experiment: Experiment) -> str:
     return json.dumps(experiment.table())  # in the order of arms, which is the hash's
-
-
-def _ran(experiment: Experiment, begin: float, end: float) -> bool:
-    """Whether it gave arms at any time between, both ends included."""
-    if experiment.start is not None:
-        begin = max(begin, experiment.start.timestamp())
-    return begin <= end and experiment.runs_at(begin)
 
 
 def _check_kept(old: Experiment, new: Experiment) -> None:

@@ -19,6 +19,7 @@ from dynmerge_server.config import explain
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 MAX_ARMS = 32
+SUM_ERROR = 1e-9  # of weights that were divided by their sum
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -262,7 +263,7 @@ def metrics_of(experiment: Experiment) -> list[Metric]:
 
 
 def _shares(given: Experiment) -> dict[str, float]:
-    """Weights of all arms, in their order, divided by their sum."""
+    """Weights of all arms, in their order, divided by their sum; what has been is left alone."""
     weights = {name: given.weights.get(name) for name in given.arms}
     if not given.weights:
         return {name: 1 / len(weights) for name in weights}
@@ -274,7 +275,8 @@ def _shares(given: Experiment) -> dict[str, float]:
     total = sum(weight for weight in weights.values() if weight is not None)
     if total <= 0:
         raise ExperimentError("weights: all are 0")
-    return {name: (weight or 0.0) / total for name, weight in weights.items()}
+    whole = 1.0 if abs(total - 1) < SUM_ERROR else total
+    return {name: (weight or 0.0) / whole for name, weight in weights.items()}
 
 
 def _check_times(given: Experiment) -> None:

@@ -67,11 +67,12 @@ async def resolve(
     Whoever says what to serve is in no experiment.
     """
     said = preferences.read(headers, wish, model)
-    units, joining = units_of(headers, wish), _joining(headers, wish)
+    joining = _joining(headers, wish)
     if experiments is None:
         if joining:
             raise ExperimentError("this server has no experiments", EXPERIMENT_HEADER)
         return Resolved(preferences.recipe(said), said.source)
+    units = units_of(headers, wish)
     if not joining and said.anything:
         return Resolved(preferences.recipe(said), said.source, experiments.outside(units))
     if not joining:
@@ -92,9 +93,14 @@ def units_of(headers: Headers, wish: Wish) -> Units:
     """Whom a request may be counted as. Raises RequestError on a unit that nobody could mean."""
     given = joined(headers, UNIT_HEADER)
     # Other languages hash characters where HTTP has bytes.
-    if given is not None and not (0 < len(given) <= MAX_UNIT and given.isascii()):
+    if given is not None and not (given and given.isascii()):
         raise RequestError(f"{UNIT_HEADER} takes 1 to {MAX_UNIT} ASCII characters", UNIT_HEADER)
-    return Units(given, headers.get(SESSION_HEADER) or None, wish.user or None)
+    units = Units(given, joined(headers, SESSION_HEADER) or None, wish.user or None)
+    named = ((UNIT_HEADER, units.header), (SESSION_HEADER, units.session), ("user", units.user))
+    for where, unit in named:
+        if unit is not None and len(unit) > MAX_UNIT:
+            raise RequestError(f"{where} names a unit, of 1 to {MAX_UNIT} characters", where)
+    return units
 
 
 def check_arms(preferences: Preferences, course: Course) -> None:

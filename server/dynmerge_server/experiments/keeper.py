@@ -12,23 +12,29 @@ from pathlib import Path
 from dynmerge.errors import DynmergeError
 from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.lab import Lab
+from dynmerge_server.experiments.reading import open_readonly
+from dynmerge_server.experiments.writer import FILE_ERRORS
 
 logger = logging.getLogger("dynmerge.experiments")
 
 SECONDS = 1.0
 Stamp = tuple[int, int, int] | None  # what tells a file from what it was
+FAULTS = (DynmergeError, *FILE_ERRORS)
 
 # An experiment's guardrails that are broken, each as a reason.
 Broken = Callable[[Lab, Experiment], Sequence[str]]
 
 
 class Keeper:
-    """Looks every second until it is closed. What fails is logged, and shown with experiments."""
+    """Looks every second until it is closed. What fails is logged, shown with the experiments, and
+    tried again.
+    """
 
     def __init__(self, lab: Lab, broken: Broken) -> None:
         self._lab = lab
         self._broken = broken
-        self._stamp = stamp(lab.config.file)
+        self._read: Stamp | None = None  # of the file as it was read here; nothing yet
+        self._seen = stamp(lab.config.file)
         self._guarded = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dynmerge-experiments", daemon=True)
@@ -41,41 +47,49 @@ class Keeper:
         self._lab.close()
 
     def look(self) -> None:
-        """Look once."""
-        self._lab.experiments.refresh()
-        now = stamp(self._lab.config.file)
-        if now != self._stamp:
-            self._stamp = now
-            self._read_file()
+        """Look once, at everything; one fault keeps nothing else from being looked at."""
+        faults = [*self._attempt(self._lab.experiments.refresh), *self._attempt(self._look_at_file)]
         if time.monotonic() - self._guarded >= self._lab.config.guard_seconds:
             self._guarded = time.monotonic()
-            self._guard()
+            now = time.time()
+            for course in list(self._lab.experiments.courses.values()):
+                experiment = course.experiment
+                if experiment.guardrails and experiment.runs_at(now):
+                    faults += self._attempt(lambda each=experiment: self._guard(each))
+        self._lab.experiments.error = "; ".join(faults) or None
 
     def _run(self) -> None:
         while not self._over.wait(SECONDS):
-            try:
-                self.look()
-            except DynmergeError as error:  # the next look may do better
-                logger.error("experiments: %s", error)
+            self.look()
 
-    def _read_file(self) -> None:
-        """Take what the file says, or leave all as it is and show what is wrong."""
+    def _attempt(self, work: Callable[[], None]) -> list[str]:
+        """What went wrong, without the log's path."""
+        try:
+            work()
+        except FAULTS as error:
+            logger.error("experiments: %s", error)
+            return [str(error).replace(str(self._lab.path), "the log")]
+        return []
+
+    def _look_at_file(self) -> None:
+        """Read the file when it has changed, and not while somebody writes it."""
+        before, self._seen = self._seen, stamp(self._lab.config.file)
+        if self._seen != before or self._seen == self._read:
+            return
+        self._read = self._seen
         experiments = self._lab.experiments
         try:
             self._lab.read_file()
             experiments.file_error = None
         except DynmergeError as error:
-            experiments.file_error = str(error)
+            path = self._lab.config.file
+            experiments.file_error = str(error).replace(str(path), path.name if path else "")
             logger.error("experiments stay as they are: %s", error)
 
-    def _guard(self) -> None:
-        now = time.time()
-        for course in list(self._lab.experiments.courses.values()):
-            experiment = course.experiment
-            if experiment.guardrails and experiment.runs_at(now):
-                for reason in self._broken(self._lab, experiment)[:1]:
-                    logger.error("experiment %s is stopped: %s", experiment.name, reason)
-                    self._lab.experiments.turn(experiment.name, "stopped", "guardrail", reason)
+    def _guard(self, experiment: Experiment) -> None:
+        for reason in self._broken(self._lab, experiment)[:1]:
+            logger.error("experiment %s is stopped: %s", experiment.name, reason)
+            self._lab.experiments.turn(experiment.name, "stopped", "guardrail", reason)
 
 
 @contextmanager
@@ -100,7 +114,6 @@ def stamp(path: Path | None) -> Stamp:
 
 def broken_guardrails(lab: Lab, experiment: Experiment) -> Sequence[str]:
     """By the statistics of the report."""
-    from dynmerge_server.experiments.reading import open_readonly
     from dynmerge_server.experiments.report.guardrails import broken
 
     with closing(open_readonly(lab.path)) as connection:

@@ -1,13 +1,13 @@
 """Lab: one server's experiments with what their routes and keeper need, in `app.state.lab`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from starlette.exceptions import HTTPException
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
-from dynmerge.errors import ConfigError, RequestError
+from dynmerge.errors import ConfigError, RequestError, UnknownExperiment
 from dynmerge_server.config import ExperimentsConfig, read_toml
 from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import Experiment, parse_all
@@ -28,6 +28,8 @@ class Lab:
     preferences: Callable[[], Preferences]
     config: ExperimentsConfig
     flags: Flags | None = None
+    # One report at a time: it reads all that there is of an experiment.
+    reports: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
 
     def close(self) -> None:
         """Write what waits, and ask no more flags."""
@@ -82,10 +84,10 @@ def open_lab(config: ExperimentsConfig, preferences: Callable[[], Preferences]) 
 
 
 def lab(request: Request) -> Lab:
-    """The lab of the application a request came to. Raises HTTPException where it has none."""
+    """The lab of the application a request came to. Raises UnknownExperiment: it has none."""
     found = request.app.state.lab
     if found is None:
-        raise HTTPException(404, "This server has no experiments: give [experiments.log] a path")
+        raise UnknownExperiment("this server has no experiments: give [experiments.log] a path")
     assert isinstance(found, Lab)
     return found
 

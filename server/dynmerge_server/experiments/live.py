@@ -75,18 +75,25 @@ class Experiments:
         self._check = check
         self._flags = flags
         self._clock = clock
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
         self._version = -1
         self.courses: Mapping[str, Course] = {}
+        self._open: tuple[Course, ...] = ()  # those that are not stopped
+        self.unreadable: Mapping[str, str] = {}  # experiments of another version, and why
         self.file_error: str | None = None
+        self.error: str | None = None  # of whoever looks after them meanwhile
         self._failures: dict[str, tuple[str, str]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """See what other processes changed."""
-        version = self.log.version()
-        if version != self._version:
-            self.courses = Course.all_of(self.log.revisions())
+        with self._changing:
+            version = self.log.version()
+            if version == self._version:
+                return
+            found, unreadable = _readable(Course.all_of(self.log.revisions()))
+            self._open = tuple(c for c in found.values() if c.experiment.state != "stopped")
+            self.courses, self.unreadable = found, unreadable
             self._version = version
 
     def course(self, name: str) -> Course:
@@ -125,7 +132,8 @@ class Experiments:
         now = self._clock()
         claims: list[tuple[Placed, bool]] = []
         held: Placed | None = None
-        for name, course in self.courses.items():
+        for course in self._open:
+            name = course.experiment.name
             if only not in (None, name) or self.failure(name, bank) is not None:
                 continue
             unit = units.of(course.experiment.unit)
@@ -162,18 +170,18 @@ class Experiments:
         """Make a file's experiments count: all, or none. Raises ExperimentError.
 
         What was changed in another way since counts on until the file says something new; what the
-        file does not name any more is stopped.
+        file does not name any more is paused, for a file may be whole again soon.
         """
         with self._changing:
             self.refresh()
             now = self._clock()
             made = [_by_file(self.courses.get(n), new, now, source) for n, new in declared.items()]
             gone = [
-                course.changed(with_state(course.experiment, "stopped"), now, source, "not in it")
+                course.changed(with_state(course.experiment, "paused"), now, source, "not in it")
                 for name, course in self.courses.items()
                 if course.revisions[0].source == source
                 and name not in declared
-                and course.experiment.state != "stopped"
+                and course.experiment.state == "running"
             ]
             revisions = [each for each in [*made, *gone] if each is not None]
             self._accept(revisions)
@@ -187,7 +195,7 @@ class Experiments:
         found = arm_of(experiment, unit, course.phase, traffic)
         if found.kind == "holdout":
             return Placed(hashed, "holdout", experiment.name), False
-        if course.phase and (kept := self.log.kept(experiment.name, hashed)):
+        if course.phase and traffic and (kept := self.log.kept(experiment.name, hashed)):
             arm, phase = kept
             return Placed(hashed, "assigned", experiment.name, arm, phase), True
         if found.arm is None or experiment.flag is None:
@@ -205,8 +213,9 @@ class Experiments:
         with self._changing:
             self.refresh()
             course = self.course(name)
-            changed = new(course.experiment)
-            return self._keep(course.changed(changed, self._clock(), source, reason))
+            revision = course.changed(new(course.experiment), self._clock(), source, reason)
+            same = revision.declaration == course.last.declaration
+            return course if same else self._keep(revision)
 
     def _keep(self, revision: Revision) -> Course:
         self._accept([revision])
@@ -235,4 +244,18 @@ def _by_file(course: Course | None, new: Experiment, now: float, source: str) ->
     said = course.said_by(source)
     if said is None:
         raise ExperimentError(f"experiment {new.name} exists, and was not declared by the file")
-    return None if said == wanted.declaration else course.changed(new, now, source)
+    over = course.experiment.state == new.state == "stopped"  # by a guardrail, say
+    return None if over or said == wanted.declaration else course.changed(new, now, source)
+
+
+def _readable(courses: Mapping[str, Course]) -> tuple[dict[str, Course], dict[str, str]]:
+    """Those that this version can read; and why not, of the others."""
+    found, unreadable = {}, {}
+    for name, course in courses.items():
+        try:
+            _ = course.experiments
+        except ExperimentError as error:
+            unreadable[name] = str(error)
+        else:
+            found[name] = course
+    return found, unreadable

@@ -14,7 +14,7 @@ DataType = Literal["NUMERIC", "BOOLEAN", "CATEGORICAL"]
 class Revision:
     """An experiment as it is from `time` on. A `phase` begins where weights change.
 
-    `declaration` is JSON; `source` says who made it: file, api, schedule or guardrail.
+    `declaration` is JSON; `source` says who made it: file, api or guardrail.
     """
 
     experiment: str

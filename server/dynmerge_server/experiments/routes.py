@@ -1,15 +1,15 @@
 """Routes of experiments: declared, changed, read and voted on, the same on both engines."""
 
+import time
 from dataclasses import asdict
 from typing import Any
 
 from anyio import to_thread
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dynmerge.errors import ConfigError, ExperimentError
+from dynmerge.errors import ConfigError, ExperimentError, Unavailable, UnknownExperiment
 from dynmerge_server.experiments import feedback
 from dynmerge_server.experiments.compare import compare
 from dynmerge_server.experiments.course import Course
@@ -30,6 +30,8 @@ async def list_experiments(request: Request) -> Response:
             "object": "list",
             "data": data,
             "file_error": here.experiments.file_error,
+            "unreadable": here.experiments.unreadable,
+            "error": here.experiments.error,
             "log": asdict(here.log.stats()),
             "flags": [asdict(each) for each in here.flags.refusals()] if here.flags else [],
         }
@@ -54,10 +56,12 @@ async def change(request: Request) -> Response:
 
 
 async def turn(request: Request) -> Response:
-    """POST /v1/experiments/{name}/start, /pause or /stop."""
+    """POST /v1/experiments/{name}/start, /pause or /stop: {}."""
     here, wanted = lab(request), str(request.path_params["turn"])
     if wanted not in TURNS:
-        raise HTTPException(404, f"an experiment has {', '.join(TURNS)}, ramp and compare")
+        raise UnknownExperiment(f"an experiment has {', '.join(TURNS)}, ramp and compare")
+    if await read_object(request):  # JSON, which no other site's page can send
+        raise ExperimentError("the body is {}")
     course = await to_thread.run_sync(here.experiments.turn, _name(request), TURNS[wanted])
     return JSONResponse(_shown(here, course))
 
@@ -75,7 +79,7 @@ async def show(request: Request) -> Response:
     """GET /v1/experiments/{name}: its declaration and its report."""
     here = lab(request)
     course = here.experiments.course(_name(request))
-    found = await to_thread.run_sync(_report, here, course)
+    found = await to_thread.run_sync(_report, here, course, limiter=here.reports)
     return JSONResponse({**_shown(here, course), "report": found.json()})
 
 
@@ -85,7 +89,7 @@ async def show_page(request: Request) -> Response:
 
     here = lab(request)
     course = here.experiments.course(_name(request))
-    text = await to_thread.run_sync(lambda: page(_report(here, course)))
+    text = await to_thread.run_sync(lambda: page(_report(here, course)), limiter=here.reports)
     return HTMLResponse(text, headers={"Content-Security-Policy": CLOSED})
 
 
@@ -93,6 +97,8 @@ async def two_answers(request: Request) -> Response:
     """POST /v1/experiments/{name}/compare."""
     here = lab(request)
     experiment = here.experiments.course(_name(request)).experiment
+    if not experiment.runs_at(time.time()):
+        raise ExperimentError(f"experiment {experiment.name} does not run, so nothing is compared")
     return await compare(request, experiment, await read_object(request))
 
 
@@ -115,11 +121,11 @@ def _name(request: Request) -> str:
 
 
 def _report(here: Lab, course: Course) -> Report:
-    """Raises HTTPException where it cannot be made, without saying where the log is."""
+    """Raises Unavailable where it cannot be made, without saying where the log is."""
     try:
         return report_of(here.path, course.experiment.name)
     except ConfigError as error:
-        raise HTTPException(503, str(error).replace(str(here.path), "")) from error
+        raise Unavailable(str(error).replace(str(here.path), "")) from error
 
 
 def _shown(here: Lab, course: Course) -> dict[str, Any]:
@@ -127,6 +133,7 @@ def _shown(here: Lab, course: Course) -> dict[str, Any]:
     return {
         "object": "experiment",
         **course.experiment.table(),
+        "runs": course.experiment.runs_at(time.time()),
         "revision": last.number,
         "phase": last.phase,
         "changed": last.time,
@@ -136,7 +143,10 @@ def _shown(here: Lab, course: Course) -> dict[str, Any]:
     }
 
 
-CLOSED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+CLOSED = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 _ONE = "/v1/experiments/{name}"
 
 ROUTES = (

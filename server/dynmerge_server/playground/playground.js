@@ -28,7 +28,19 @@ async function connect() {
   $('skills').replaceChildren(...skills.map(slider));
   $('preset').replaceChildren(new Option('none', ''), ...presets.map((name) => new Option(name, name)));
   show();
+  await connectExperiments();
 }
+
+async function connectExperiments() {
+  const response = await fetch('/v1/experiments', { headers: authorization() });
+  const found = response.ok ? (await response.json()).data.filter((each) => each.state === 'running') : [];
+  $('experiments').hidden = !found.length;
+  $('experiment').replaceChildren(...found.map(({ name }) => new Option(name, name)));
+  showReport();
+}
+
+const path = () => `/v1/experiments/${encodeURIComponent($('experiment').value)}`;
+const showReport = () => { $('report').href = `${path()}/report.html`; };
 
 function slider(name) {
   const label = Object.assign(document.createElement('label'), { className: 'skill', textContent: name });
@@ -90,6 +102,35 @@ async function send() {
   }
 }
 
+async function post(where, body) {
+  const headers = { 'Content-Type': 'application/json', ...authorization() };
+  return (await checked(await fetch(where, { method: 'POST', body: JSON.stringify(body), headers }))).json();
+}
+
+async function comparePair() {
+  $('pairs').replaceChildren();
+  $('voted').textContent = '';
+  const { id, answers } = await post(`${path()}/compare`, {
+    messages: [{ role: 'user', content: $('prompt').value }],
+    max_tokens: $('tokens').valueAsNumber, temperature: $('temperature').valueAsNumber,
+  });
+  const shown = answers.map(({ choices }) => Object.assign(document.createElement('article'), { textContent: choices[0].message.content }));
+  const votes = [['first', 'The first'], ['tie', 'Neither'], ['second', 'The second']].map(([value, text]) => vote(id, value, text));
+  const row = Object.assign(document.createElement('div'), { className: 'row' });
+  row.append(...votes);
+  $('pairs').replaceChildren(...shown, row);
+}
+
+function vote(id, value, text) {
+  const button = Object.assign(document.createElement('button'), { type: 'button', textContent: text });
+  button.addEventListener('click', () => attempt(async () => {
+    await post('/v1/feedback', { request_id: id, name: 'vote', value, id: `vote-${id}` });
+    for (const each of button.parentElement.children) each.disabled = true;
+    $('voted').textContent = `${text}: thank you.`;
+  }));
+  return button;
+}
+
 async function attempt(work) {
   fail('');
   try { await work(); } catch (error) { if (error.name !== 'AbortError') fail(error.message); }
@@ -106,6 +147,12 @@ $('form').addEventListener('submit', async (event) => {
   $('stop').disabled = true;
 });
 $('stop').addEventListener('click', () => running?.abort());
+$('pair').addEventListener('click', async () => {
+  $('pair').disabled = true;
+  await attempt(comparePair);
+  $('pair').disabled = false;
+});
+$('experiment').addEventListener('change', showReport);
 $('preset').addEventListener('change', show);
 $('method').addEventListener('input', show);
 $('key').addEventListener('change', () => attempt(connect));

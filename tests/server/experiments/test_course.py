@@ -74,6 +74,15 @@ def test_an_experiment_that_waits_for_its_time_has_not_begun() -> None:
         waiting.changed(patched(waiting.experiment, changes), NOW + 101, "api")
 
 
+def test_when_it_began_is_when_units_could_first_have_arms() -> None:
+    waiting = course(tone(start=at(100)))
+    assert [waiting.began(NOW + t) for t in (0, 99, 100, 200)] == [None, None, NOW + 100, NOW + 100]
+    early = waiting.changed(with_state(waiting.experiment, "running"), NOW + 10, "api")
+    both = Course((*waiting.revisions, early))
+    assert both.began(NOW + 200) == NOW + 10
+    assert course(tone(state="draft")).began(NOW + 9) is None
+
+
 def test_it_has_begun_though_it_is_paused_since() -> None:
     begun = course(tone())
     paused = begun.changed(with_state(begun.experiment, "paused"), NOW + 10, "api")

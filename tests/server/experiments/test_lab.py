@@ -1,6 +1,7 @@
 """The file of declarations: read whole, again when it changes, never at the cost of what runs."""
 
 import re
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,11 @@ guardrails = [{{ metric = {{ measure = "error" }}, at_most = 0.1 }}]
 [experiments.tone.arms]
 A = {{ preference = "ada=1" }}
 B = {{ preset = "careful" }}
+"""
+TONE_STOPPED = "[experiments.tone]\nstate = 'stopped'"
+OTHER_OK = """
+[experiments.other]
+arms = { A = {}, B = { preset = "careful" } }
 """
 OTHER = """
 [experiments.other]
@@ -61,10 +67,20 @@ def no_guard(lab: Lab, experiment: Experiment) -> Sequence[str]:
 @pytest.fixture
 def keeper(lab: Lab) -> Keeper:
     """One that looks when it is told to."""
-    keeper = Keeper(lab, no_guard)
+    return looking_when_told(Keeper(lab, no_guard))
+
+
+def looking_when_told(keeper: Keeper) -> Keeper:
     keeper._over.set()
     keeper._thread.join()
+    keeper.look()
     return keeper
+
+
+def look(keeper: Keeper) -> None:
+    """Twice: a file counts when it stays as it is."""
+    keeper.look()
+    keeper.look()
 
 
 def traffic(lab: Lab) -> float:
@@ -76,6 +92,8 @@ async def test_a_change_of_the_file_counts_from_then_on(
 ) -> None:
     assert traffic(lab) == 1.0
     file.write_text(TONE.format(traffic=0.25))
+    keeper.look()
+    assert traffic(lab) == 1.0  # somebody may be writing it
     keeper.look()
     assert traffic(lab) == 0.25
     assert lab.experiments.file_error is None
@@ -96,20 +114,21 @@ async def test_a_malformed_change_leaves_the_old_one_and_is_shown(
     client: httpx.AsyncClient, lab: Lab, keeper: Keeper, file: Path, text: str, message: str
 ) -> None:
     file.write_text(text)
-    keeper.look()
+    look(keeper)
     assert traffic(lab) == 1.0
     shown = (await client.get("/v1/experiments")).json()
     assert [(each["name"], each["traffic"]) for each in shown["data"]] == [("tone", 1.0)]
     assert re.search(message, shown["file_error"])
+    assert str(file.parent) not in shown["file_error"]
     file.write_text(TONE.format(traffic=0.5))
-    keeper.look()
+    look(keeper)
     assert lab.experiments.file_error is None
     assert traffic(lab) == 0.5
 
 
 async def test_a_file_that_is_gone_changes_nothing(lab: Lab, keeper: Keeper, file: Path) -> None:
     file.unlink()
-    keeper.look()
+    look(keeper)
     assert traffic(lab) == 1.0
     assert lab.experiments.file_error is not None
     assert stamp(file) is None
@@ -136,9 +155,7 @@ async def test_a_broken_guardrail_ends_the_experiment(lab: Lab, keeper: Keeper) 
         asked.append(experiment.name)
         return ["error: 0.4 in the arm B, at most 0.1"]
 
-    guarding = Keeper(lab, broken)
-    guarding._over.set()
-    guarding._thread.join()
+    guarding = looking_when_told(Keeper(lab, broken))
     guarding._guarded -= lab.config.guard_seconds
     guarding.look()
     guarding.look()  # not so soon again, nor when it is stopped
@@ -146,6 +163,70 @@ async def test_a_broken_guardrail_ends_the_experiment(lab: Lab, keeper: Keeper) 
     assert asked == ["tone"]
     assert (last.source, last.reason) == ("guardrail", "error: 0.4 in the arm B, at most 0.1")
     assert lab.experiments.course("tone").experiment.state == "stopped"
+
+
+async def test_a_fault_is_shown_and_ends_nothing(
+    client: httpx.AsyncClient, lab: Lab, file: Path
+) -> None:
+    def fails(_: Lab, experiment: Experiment) -> Sequence[str]:
+        raise sqlite3.OperationalError(f"database or disk is full: {lab.path}")
+
+    guarding = looking_when_told(Keeper(lab, fails))
+    guarding._guarded -= lab.config.guard_seconds
+    file.write_text(TONE.format(traffic=0.25))
+    guarding.look()
+    shown = (await client.get("/v1/experiments")).json()
+    assert shown["error"] == "database or disk is full: the log"
+    guarding.look()
+    assert traffic(lab) == 0.25
+    assert lab.experiments.error is None
+
+
+async def test_a_file_that_is_empty_for_a_while_ends_nothing(
+    lab: Lab, keeper: Keeper, file: Path
+) -> None:
+    whole = file.read_text()
+    file.write_text("")
+    look(keeper)
+    last = lab.experiments.course("tone").last
+    assert (lab.experiments.course("tone").experiment.state, last.reason) == ("paused", "not in it")
+    file.write_text(whole)
+    look(keeper)
+    assert lab.experiments.course("tone").experiment.state == "running"
+
+
+async def test_a_file_may_say_that_what_was_stopped_is_stopped(
+    lab: Lab, keeper: Keeper, file: Path
+) -> None:
+    lab.experiments.turn("tone", "stopped", "guardrail", "error")
+    file.write_text(TONE.format(traffic=1.0).replace("[experiments.tone]", TONE_STOPPED) + OTHER_OK)
+    look(keeper)
+    assert lab.experiments.file_error is None
+    assert lab.experiments.course("other").experiment.state == "running"
+
+
+async def test_a_comparison_needs_an_experiment_that_runs(
+    client: httpx.AsyncClient, lab: Lab
+) -> None:
+    lab.experiments.turn("tone", "paused")
+    reply = await client.post("/v1/experiments/tone/compare", json=CHAT)
+    assert (reply.status_code, "does not run" in reply.text) == (400, True)
+
+
+async def test_nobody_is_turned_by_a_page_of_another_site(client: httpx.AsyncClient) -> None:
+    for how in ({}, {"content": b"{}", "headers": {"Content-Type": "text/plain"}}):
+        reply = await client.post("/v1/experiments/tone/stop", **how)
+        assert reply.status_code == 400
+        assert "application/json" in reply.text
+
+
+@pytest.mark.parametrize("how", ["user", "session"])
+async def test_a_unit_without_end_is_refused(client: httpx.AsyncClient, how: str) -> None:
+    body = {**CHAT, "user": "x" * 513} if how == "user" else CHAT
+    headers = {"X-Session-ID": "x" * 513} if how == "session" else {}
+    reply = await client.post("/v1/chat/completions", json=body, headers=headers)
+    assert reply.status_code == 400
+    assert "names a unit, of 1 to 512 characters" in reply.text
 
 
 async def test_without_experiments_the_routes_say_so_and_arms_are_refused(

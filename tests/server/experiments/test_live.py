@@ -12,7 +12,7 @@ from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import Experiment, parse_all
 from dynmerge_server.experiments.live import Experiments, Placed, Units
 from dynmerge_server.experiments.log import Log, LogConfig
-from dynmerge_server.experiments.records import Exposure
+from dynmerge_server.experiments.records import Exposure, Revision
 
 ARMS: dict[str, Any] = {"A": {"preference": "ada=1"}, "B": {"preference": "bob=1"}}
 BANK = "bank"
@@ -184,6 +184,70 @@ async def test_the_ramp_and_the_times_are_kept(live: Experiments, clock: Clock) 
     assert shares == [False, True, False]
 
 
+async def test_no_traffic_takes_everybody_out_after_weights_changed_too(live: Experiments) -> None:
+    live.declare("tone", {"arms": ARMS})
+    before = await arms(live, 50)
+    live.change("tone", {"weights": {"A": 1, "B": 9}})
+    live.change("tone", {"traffic": 0.2})
+    assert await arms(live, 50) == before
+    live.change("tone", {"traffic": 0})
+    assert {arm for _, arm in (await arms(live, 50)).values()} == {None}
+
+
+async def test_the_ramp_is_followed(live: Experiments, clock: Clock) -> None:
+    at = ["2027-01-15T08:00:10+00:00", "2027-01-15T08:00:20+00:00"]
+    ramp = [{"at": when, "traffic": share} for when, share in zip(at, (0.5, 1.0), strict=True)]
+    live.declare("tone", {"arms": ARMS, "traffic": 0.0, "ramp": ramp})
+    shares = []
+    for _ in range(3):
+        shares.append(sum(arm is not None for _, arm in (await arms(live, 100)).values()) / 100)
+        clock.now += 10
+    assert shares[0] == 0
+    assert 0.35 < shares[1] < 0.65
+    assert shares[2] == 1
+
+
+@pytest.mark.parametrize("count", range(2, 33))
+def test_pause_and_ramp_begin_no_phase(live: Experiments, count: int) -> None:
+    live.declare("tone", {"arms": {f"A{n}": {} for n in range(count)}})
+    for change in ({"state": "paused"}, {"traffic": 0.3}, {"state": "running"}):
+        assert live.change("tone", change).phase == 0
+    odd = {f"A{n}": 1 + n * 0.37 for n in range(count)}
+    live.declare("odd", {"arms": {name: {} for name in odd}, "weights": odd})
+    for change in ({"state": "paused"}, {"traffic": 0.3}, {"state": "running"}):
+        assert live.change("odd", change).phase == 0
+
+
+def test_what_changes_nothing_is_no_revision(live: Experiments) -> None:
+    live.declare("tone", {"arms": ARMS})
+    live.turn("tone", "running")
+    live.change("tone", {"traffic": 1.0})
+    assert live.course("tone").last.number == 1
+
+
+def test_revisions_count_by_number_whatever_the_clock_says(live: Experiments, clock: Clock) -> None:
+    live.declare("tone", {"arms": ARMS})
+    live.change("tone", {"traffic": 0.5})
+    clock.now -= 1000
+    live.turn("tone", "stopped", "guardrail")
+    live.log.close()
+    log = Log(live.log._config)
+    again = Experiments(log, clock=clock)
+    log.close()
+    assert again.course("tone").experiment.state == "stopped"
+
+
+async def test_a_revision_of_another_version_stops_nobody(live: Experiments, clock: Clock) -> None:
+    live.declare("tone", {"arms": ARMS})
+    future = '{"arms": {"A": {}, "B": {}}, "novelty": 1}'
+    live.log.add(Revision("later", 1, 0, clock.now, "api", future))
+    live.refresh()
+    assert "no setting named novelty" in live.unreadable["later"]
+    placed = await live.place(Units(header="u1"), BANK)
+    assert placed is not None
+    assert placed.experiment == "tone"
+
+
 class TeamFlags:
     """A team's own flag system, which knows some units."""
 
@@ -226,11 +290,11 @@ def test_what_a_file_says_again_changes_nothing(live: Experiments) -> None:
     assert [each.source for each in live.course("tone").revisions] == ["file", "api", "file"]
 
 
-def test_what_a_file_names_no_more_is_stopped(live: Experiments) -> None:
+def test_what_a_file_names_no_more_is_paused(live: Experiments) -> None:
     live.declare("mine", {"arms": ARMS})
     live.declare_all(parse_all({"tone": {"arms": ARMS}}))
     live.declare_all({})
-    assert live.course("tone").experiment.state == "stopped"
+    assert live.course("tone").experiment.state == "paused"
     assert live.course("mine").experiment.state == "running"
     with pytest.raises(ExperimentError, match="mine exists, and was not declared by the file"):
         live.declare_all(parse_all({"mine": {"arms": ARMS}}))
