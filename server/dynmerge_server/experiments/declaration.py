@@ -78,7 +78,8 @@ class Metric:
     """What is compared: an outcome by its name, or a measure; one number for each unit.
 
     `mean` is over a unit's values, and units without any are left out; `sum` and `any` (1 if any is
-    above 0) count units without as 0. `over` makes each value 1 where it is larger, else 0.
+    above 0) count units without as 0. `over` makes each value 1 where it is larger, else 0. Of
+    outcomes more is better, of errors, empty answers and seconds less, unless `better` says so.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -87,11 +88,15 @@ class Metric:
     measure: Measure | None = None
     per_unit: PerUnit = "mean"
     over: Finite | None = None
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower"] = ""  # type: ignore[assignment] # filled in
 
     def __post_init__(self) -> None:
         if (self.outcome is None) == (self.measure is None):
             raise ExperimentError("a metric is of one outcome or of one measure")
+        if not self.better:
+            if self.measure == "tokens":
+                raise ExperimentError("of tokens, say whether `better` is higher or lower")
+            object.__setattr__(self, "better", "lower" if self.measure else "higher")
 
     @property
     def name(self) -> str:

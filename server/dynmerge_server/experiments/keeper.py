@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from dynmerge.errors import DynmergeError
@@ -55,7 +56,7 @@ class Keeper:
             for course in list(self._lab.experiments.courses.values()):
                 experiment = course.experiment
                 if experiment.guardrails and experiment.runs_at(now):
-                    faults += self._attempt(lambda each=experiment: self._guard(each))
+                    faults += self._attempt(partial(self._guard, experiment))
         self._lab.experiments.error = "; ".join(faults) or None
 
     def _run(self) -> None:

@@ -37,6 +37,23 @@ def test_what_is_declared_is_what_is_kept() -> None:
     assert given.weights == {"A": 0.25, "B": 0.75}
 
 
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ({"outcome": "helpful"}, "higher"),
+        ({"outcome": "complaint", "better": "lower"}, "lower"),
+        ({"measure": "ttft", "over": 2.0}, "lower"),
+        ({"measure": "error"}, "lower"),
+        ({"measure": "tokens", "better": "higher"}, "higher"),
+    ],
+)
+def test_less_is_better_of_what_nobody_wants(metric: dict[str, Any], better: str) -> None:
+    given = tone(primary=metric)
+    assert given.primary is not None
+    assert given.primary.better == better
+    assert course(given).experiment == given
+
+
 def test_the_order_of_arms_is_kept_for_it_is_the_hashs() -> None:
     turned = Experiment.parse("tone", {"arms": dict(reversed(ARMS.items()))})
     assert list(course(turned).experiment.arms) == ["B", "A"]
@@ -139,6 +156,7 @@ def test_it_runs_between_its_times() -> None:
         ({"arms": {"A": {"prefer": 1}, "B": {}}}, r"arms.A.prefer \(known: preference, preset"),
         ({"arms": {"A": {"preference": "ada=1", "preset": "x"}, "B": {}}}, "give one of them"),
         ({"arms": ARMS, "primary": {"outcome": "x", "measure": "ttft"}}, "one outcome or of one"),
+        ({"arms": ARMS, "primary": {"measure": "tokens"}}, "higher or lower"),
         ({"arms": ARMS, "primary": {"measure": "speed"}}, "primary.measure: .*'ttft'"),
         ({"arms": ARMS, "guardrails": [{"metric": {"measure": "error"}}]}, "one of at_most"),
         ({"arms": ARMS, "metrics": [{"outcome": "x"}] * 2}, "x stands there twice"),

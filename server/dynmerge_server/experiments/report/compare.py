@@ -86,7 +86,7 @@ def adjusted(results: Sequence[MetricResult]) -> tuple[MetricResult, ...]:
         for each in result.comparisons
         if each.fixed_p is not None
     }
-    # Without assumptions on how metrics depend on each other, its step-down by Bonferroni is Holm's.
+    # Whatever metrics have to do with each other: Bonferroni's in steps down, which is Holm's.
     found = adjust_fwer(ExperimentResult(raw), arbitrary_dependence=True, method="bonferroni")
     by_name = {name: each["pvalue_adj"] for tests in found.values() for name, each in tests.items()}
     return tuple(

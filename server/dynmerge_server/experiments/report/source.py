@@ -47,7 +47,7 @@ SELECT one.arm, other.arm, category, coalesce(nullif(one.unit, ''), one.pair), m
 FROM exposures AS one
 JOIN exposures AS other ON other.pair = one.pair AND other.position = 1
 JOIN outcomes ON outcomes.exposure = one.pair
-WHERE one.experiment = ? AND one.kind = 'pair' AND one.position = 0
+WHERE one.pair IS NOT NULL AND +one.experiment = ? AND one.kind = 'pair' AND one.position = 0
     AND name = 'vote' AND category IN ('first', 'second', 'tie')
 GROUP BY one.pair
 """

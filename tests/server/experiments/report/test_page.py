@@ -1,8 +1,10 @@
-"""The page and the text: all there, nothing obeyed that came from outside, nobody asked for more."""
+"""The page and the text: all there, nothing from outside obeyed, and nobody asked for more."""
 
 import re
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,16 +50,10 @@ def html(report: Report) -> str:
 
 
 def printed(report: Report) -> str:
-    console = Console(width=240, record=True, file=open_nowhere())
+    console = Console(width=240, file=StringIO())
     console.print(text(report))
-    return console.export_text()
-
-
-class open_nowhere:  # noqa: N801 (it stands for a file)
-    def write(self, told: str) -> int:
-        return len(told)
-
-    def flush(self) -> None: ...
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
 
 
 class Tags(HTMLParser):
@@ -87,26 +83,22 @@ def tags(html: str) -> Tags:
     return found
 
 
-def attributes(html: str) -> Iterator[str]:
+def attributes(html: str) -> Iterator[tuple[str, str]]:
     for _, given in tags(html).seen:
-        yield from (name for name in given)
+        yield from ((name, value or "") for name, value in given.items())
 
 
 def test_the_page_asks_no_other_host_for_anything(html: str) -> None:
-    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:)?//""", html)
+    for name, value in attributes(html):
+        assert "//" not in value or name.startswith("xmlns")
     assert not re.search(r"url\(\s*['\"]?\s*(?!#)", html)
     assert "@import" not in html
-    addresses = {match for match in re.findall(r"https?://[^\s\"'<>]*", html)}
-    assert {each for each in addresses if "evil" not in each} <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
 
 
 def test_the_page_runs_nothing_and_obeys_nothing_from_outside(html: str) -> None:
     names = {tag for tag, _ in tags(html).seen}
     assert not names & {"script", "img", "iframe", "link", "object", "embed", "form", "base"}
-    assert not [name for name in attributes(html) if name.startswith("on")]
+    assert not [name for name, _ in attributes(html) if name.startswith("on")]
     assert "&lt;script&gt;alert(1)" in html
     assert "\x1b" not in html
 
@@ -128,13 +120,13 @@ def test_every_picture_says_what_it_shows_and_has_names_of_its_own(html: str) ->
     for picture in pictures:
         ElementTree.fromstring(picture)
         assert "#010203" not in picture
-        assert "var(--ink)" in picture
+        assert "var(--soft)" in picture
         ids += re.findall(r'\bid="([^"]*)"', picture)
     assert len(ids) == len(set(ids))
 
 
 def test_page_and_text_say_the_same(html: str, report: Report) -> None:
-    shown = printed(report)
+    shown, html = printed(report), unescape(html)
     for part in (report.verdict.text, *report.caveats, *(each.text for each in report.guardrails)):
         assert part in html
         assert part in shown
