@@ -17,7 +17,7 @@ from tests.server.experiments.report.log_factory import BEGAN, DAY, LogFile, run
 TONE: dict[str, Any] = {
     "arms": {"A": {}, "B": {"preset": "law"}, "C": {"method": "ties"}},
     "primary": {"outcome": "liked"},
-    "metrics": [{"measure": "tokens"}, {"measure": "latency", "better": "lower"}],
+    "metrics": [{"measure": "tokens", "better": "higher"}, {"measure": "latency", "better": "lower"}],
     "guardrails": [{"metric": {"measure": "error", "better": "lower"}, "at_most": 0.05}],
     "plan": {"units": 6000, "effect": 0.05},
 }

@@ -80,9 +80,9 @@ def test_units_that_came_before_the_weights_changed_are_left_out(log: LogFile) -
         (Metric(outcome="liked", over=2), [0.5, np.nan, 0.0]),
         (Metric(outcome="liked", over=2, per_unit="sum"), [1.0, 0.0, 0.0]),
         (Metric(outcome="liked", over=2, per_unit="any"), [1.0, 0.0, 0.0]),
-        (Metric(measure="tokens"), [6.0, 3.0, 10.0]),
-        (Metric(measure="tokens", per_unit="sum"), [12.0, 3.0, 10.0]),
-        (Metric(measure="tokens", over=5), [0.5, 0.0, 1.0]),
+        (Metric(measure="tokens", better="higher"), [6.0, 3.0, 10.0]),
+        (Metric(measure="tokens", better="higher", per_unit="sum"), [12.0, 3.0, 10.0]),
+        (Metric(measure="tokens", better="higher", over=5), [0.5, 0.0, 1.0]),
         (Metric(measure="error"), [0.5, 0.0, 0.0]),
         (Metric(measure="empty", per_unit="any"), [0.0, 1.0, 0.0]),
     ],
@@ -123,7 +123,7 @@ def test_times_of_requests_that_waited_for_their_merge_are_for_guardrails_only(
 
 
 def test_the_time_before_is_what_was_known_when_the_experiment_began(log: LogFile) -> None:
-    metrics = Metric(measure="tokens"), LIKED, Metric(outcome="liked", per_unit="sum")
+    metrics = Metric(measure="tokens", better="higher"), LIKED, Metric(outcome="liked", per_unit="sum")
     before = log.expose(
         "u", None, BEGAN - DAY, kind="outside", experiment=None, completion_tokens=7
     )
@@ -146,7 +146,7 @@ def test_an_experiment_begins_when_it_first_runs(log: LogFile) -> None:
     course = log.change(course, BEGAN, state="running")
     log.expose("u", "A", BEGAN + 1, completion_tokens=9)
     connection = log.open()
-    (column,) = compared(connection, course, [Metric(measure="tokens")]).columns
+    (column,) = compared(connection, course, [Metric(measure="tokens", better="higher")]).columns
     connection.close()
     assert list(column.before) == [7]
 
