@@ -103,7 +103,9 @@ def kind_of(error: Exception) -> Kind:
 
 def status_of(error: BaseException) -> int:
     """The status of what ended a request, LEFT where its client did."""
-    return kind_of(error).status if isinstance(error, Exception) else LEFT
+    if isinstance(error, ClientDisconnect) or not isinstance(error, Exception):
+        return LEFT
+    return kind_of(error).status
 
 
 def describe(error: Exception) -> dict[str, Any]:

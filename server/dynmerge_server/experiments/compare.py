@@ -8,22 +8,28 @@ import asyncio
 import json
 import random
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+import anyio
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Scope
 
 from dynmerge.errors import ExperimentError
+from dynmerge_server.errors import INTERNAL
+from dynmerge_server.errors import body as error_body
 from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.entry import PAIR, Half
 from dynmerge_server.preferences import EXPERIMENT_HEADER
 
 POSITIONS = ("first", "second")
 OURS = ("arms", "reveal")  # of the body; the rest is the request
+FAILED = 'one of the two answers failed; with "reveal": true the error says which, and why'
 _DRAWN = random.SystemRandom()
+
+Answered = tuple[int, dict[str, Any]]  # status and content
 
 
 async def compare(request: Request, experiment: Experiment, body: Mapping[str, Any]) -> Response:
@@ -34,18 +40,21 @@ async def compare(request: Request, experiment: Experiment, body: Mapping[str, A
         raise ExperimentError("reveal is true or false", "reveal")
     if body.get("stream"):
         raise ExperimentError("a comparison comes whole: leave stream out", "stream")
+    if body.get("request_id") is not None:
+        message = "a comparison gets an id of its own: leave request_id out"
+        raise ExperimentError(message, "request_id")
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     asked = {name: value for name, value in body.items() if name not in OURS}
     pair = uuid.uuid4().hex
-    answers = await asyncio.gather(
-        *(
+    answers = await _all_or_failed(
+        [
             _answer(request, path, asked, Half(pair, position, experiment.name, arm))
             for position, arm in enumerate(arms)
-        )
+        ]
     )
     for status, content in answers:
         if status != 200:
-            return JSONResponse(content, status)
+            return JSONResponse(content if reveal else _unsaid(status, content), status)
     told = [_told(content, place, reveal) for place, (_, content) in enumerate(answers)]
     return JSONResponse(
         {"id": pair, "object": "comparison", "experiment": experiment.name, "answers": told},
@@ -66,10 +75,24 @@ def _arms(experiment: Experiment, wanted: object) -> Sequence[str]:
     raise ExperimentError(message, "arms")
 
 
-async def _answer(
-    request: Request, path: str, body: Mapping[str, Any], half: Half
-) -> tuple[int, dict[str, Any]]:
-    """Ask the application; the status and the content of its reply."""
+async def _all_or_failed(halves: Sequence[Coroutine[Any, Any, Answered]]) -> list[Answered]:
+    """What all are answered; or the first that failed, alone, the others being cancelled."""
+    tasks = [asyncio.ensure_future(half) for half in halves]
+    try:
+        for done in asyncio.as_completed(tasks):
+            answered = await done
+            if answered[0] != 200:
+                return [answered]
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(request: Request, path: str, body: Mapping[str, Any], half: Half) -> Answered:
+    """Ask the application. Raises ClientDisconnect where it answers nothing, as nobody reads it."""
     data = json.dumps(body).encode()
     sent: list[Message] = []
     unread = [{"type": "http.request", "body": data, "more_body": False}]
@@ -85,8 +108,10 @@ async def _answer(
         await request.app(_inner(request.scope, path, len(data), half), receive, send)
     finally:
         PAIR.reset(token)
-    content = b"".join(message.get("body", b"") for message in sent)
-    return sent[0]["status"], json.loads(content)
+    content = json.loads(b"".join(message.get("body", b"") for message in sent) or b"null")
+    if content is None:
+        raise ClientDisconnect
+    return sent[0]["status"], content
 
 
 def _inner(outer: Scope, path: str, length: int, half: Half) -> Scope:
@@ -104,6 +129,13 @@ def _inner(outer: Scope, path: str, length: int, half: Half) -> Scope:
     headers["content-length"] = str(length)
     headers[EXPERIMENT_HEADER] = f"{half.experiment}={half.arm}"
     return scope
+
+
+def _unsaid(status: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """An error without what might say whose it is."""
+    error = content.get("error")
+    kind = str(error.get("type")) if isinstance(error, dict) else INTERNAL.type
+    return error_body(status, FAILED, kind)
 
 
 def _told(content: Mapping[str, Any], place: int, reveal: bool) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Log:
         )
 
     def forget(self, unit: str) -> int:
-        """Delete all of a unit's exposures and outcomes, those that wait too; how many there were.
+        """Delete a unit's exposures, those that wait too, and their outcomes; how many exposures.
 
         Blocks until that is done: not for the event loop. Raises LogError where the file cannot be
         written; it is tried again after that. What another process has not yet written stays.

@@ -5,7 +5,6 @@ the same unit, found on the spot. Knows declarations only: no log, no later phas
 keeps an earlier arm. Needs OpenFeature, so no request imports this.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TypeVar
 
 from dynmerge.errors import ConfigError
 from dynmerge_server.experiments.assignment import arm_of
-from dynmerge_server.experiments.declaration import Experiment, parse_all
+from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.flags import MISSING
+from dynmerge_server.experiments.lab import declarations
 
 try:
     from openfeature.evaluation_context import EvaluationContext
@@ -24,11 +24,6 @@ try:
 except ImportError:
     raise ConfigError(MISSING) from None
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Value = TypeVar("Value")
 Objects = Sequence[FlagValueType] | Mapping[str, FlagValueType]
 
@@ -37,7 +32,9 @@ class DynmergeProvider(AbstractProvider):
     """String flags by the names of experiments; the targeting key is the unit, the value its arm.
 
     SPLIT with the arm as variant; DEFAULT where the unit is in the holdout, in another part of the
-    namespace or beyond the traffic; DISABLED while the experiment does not run.
+    namespace or beyond the traffic; DISABLED while the experiment does not run. Arms are the
+    server's only until an experiment's weights change after its start: of the phase that begins
+    then it does not know.
     """
 
     def __init__(
@@ -50,12 +47,8 @@ class DynmergeProvider(AbstractProvider):
 
     @classmethod
     def of_file(cls, path: Path) -> "DynmergeProvider":
-        """With the table `experiments` of a TOML file. Raises ConfigError or ExperimentError."""
-        try:
-            tables = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from None
-        return cls(parse_all(tables.get("experiments")))
+        """With what the server reads from the same file. Raises ConfigError."""
+        return cls(declarations(path))
 
     def get_metadata(self) -> Metadata:
         """Its name."""

@@ -47,7 +47,10 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How the request of an exposure ended. Times are seconds; None where it is not known."""
+    """How the request of an exposure ended. Times are seconds; None where it is not known.
+
+    vLLM's whole replies do not show when their first token came: `ttft` is None there.
+    """
 
     exposure: str
     status: int  # of HTTP; 499 for a client that left
@@ -57,7 +60,7 @@ class Finish:
     ttft: float | None = None
     latency: float | None = None
     finish_reason: str | None = None
-    empty: bool | None = None  # no text in any answer
+    empty: bool | None = None  # neither text nor a tool's call in any answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,12 +81,12 @@ def exposure_of(connection: sqlite3.Connection, request_id: str) -> str | None:
 
 
 def delete_of_unit(connection: sqlite3.Connection, unit: str) -> int:
-    """Delete a unit's exposures and their outcomes; how many rows these were."""
+    """Delete a unit's exposures and their outcomes; how many exposures there were."""
     return _delete_all(connection, "unit = ?", unit)
 
 
 def delete_some_before(connection: sqlite3.Connection, time: float) -> int:
-    """Delete the oldest exposures with their outcomes, at most STEP; how many rows these were."""
+    """Delete the oldest exposures with their outcomes, at most STEP; how many there were."""
     return _delete_some(connection, "time < ?", time)
 
 
@@ -132,6 +132,6 @@ def _delete_some(connection: sqlite3.Connection, where: str, value: Any) -> int:
     pairs = [(pair,) for _, pair in rows if pair is not None]
     with transaction(connection):
         of = "DELETE FROM outcomes WHERE exposure = ?"
-        outcomes = connection.executemany(of, [*ids, *pairs]).rowcount
-        exposures = connection.executemany("DELETE FROM exposures WHERE id = ?", ids).rowcount
-    return outcomes + exposures
+        connection.executemany(of, [*ids, *pairs])
+        connection.executemany("DELETE FROM exposures WHERE id = ?", ids)
+    return len(ids)

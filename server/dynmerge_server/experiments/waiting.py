@@ -1,6 +1,6 @@
 """Waiting: what is not written yet, in its order, bounded: the oldest makes room for the newest.
 
-Knows no file. What is lost is counted in the Tally.
+Knows no file. What is lost is counted in the Tally. A Forget takes no room, and makes none.
 """
 
 import threading
@@ -32,7 +32,7 @@ class Told:
 
 @dataclass(slots=True, eq=False)
 class Forget:
-    """A unit to delete all of, and who waits to hear how many rows these were."""
+    """A unit to delete all of, and who waits to hear how many exposures these were."""
 
     unit: str
     heard: "Future[int]" = field(default_factory=Future)
@@ -130,10 +130,7 @@ class Waiting:
                 self._changed.notify()
             if waiting in (1, self._batch):
                 self._changed.notify()
-            if waiting > self._bound:
-                self._lose(
-                    self._records.popleft(), "more waited to be written than the queue holds"
-                )
+            self._make_room()
 
     def first(self, experiment: str, unit: str) -> tuple[str, int] | None:
         """The arm and phase of a unit's first exposure among what waits."""
@@ -171,10 +168,7 @@ class Waiting:
             self._forgets += sum(type(record) is Forget for record in self._taken)
             self._records.extendleft(reversed(self._taken))
             self._taken = []
-            while len(self._records) > self._bound:
-                self._lose(
-                    self._records.popleft(), "more waited to be written than the queue holds"
-                )
+            self._make_room()
 
     def lost(self, reason: str) -> None:
         """What was taken will not be written."""
@@ -210,6 +204,13 @@ class Waiting:
 
     def _due(self) -> bool:
         return self.closed or self._forgets > 0 or len(self._records) >= self._batch
+
+    def _make_room(self) -> None:
+        """Lose the oldest of too many. A Forget stays, as it is done whenever it can be."""
+        while len(self._records) - self._forgets > self._bound:
+            oldest = next(each for each in self._records if type(each) is not Forget)
+            self._records.remove(oldest)
+            self._lose(oldest, "more waited to be written than the queue holds")
 
     def _settle(self, record: Record) -> None:
         if type(record) is Exposure:

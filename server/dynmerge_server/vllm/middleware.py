@@ -15,15 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynmerge.errors import DynmergeError, RequestError
 from dynmerge_server.applied import Applied
-from dynmerge_server.errors import LEFT, SchemaError, answer, status_of
+from dynmerge_server.errors import SchemaError, answer, status_of
 from dynmerge_server.experiments.entry import Resolved, resolve
 from dynmerge_server.experiments.trial import Trial, begin
 from dynmerge_server.openai.asked import REQUEST_ID_HEADER, request_id
 from dynmerge_server.openai.replies import while_connected
 from dynmerge_server.vllm.asked import Asked
+from dynmerge_server.vllm.overheard import Overheard
 from dynmerge_server.vllm.replies import Reply
 from dynmerge_server.vllm.state import Door, door
-from dynmerge_server.vllm.tally import Tally
 from dynmerge_server.vllm.turn import TURN, Turn
 
 Use = Literal["generates", "names"]  # runs the model, or only says which it means
@@ -128,22 +128,17 @@ class Telling:
 
     def reply(self, turn: Turn, applied: Applied, timings: Mapping[str, float]) -> Reply:
         """The way out, which the trial reads along."""
-        tally = Tally(self.trial, applied.outcome) if self.trial else None
+        overheard = Overheard(self.trial, applied.outcome) if self.trial else None
         return Reply(
-            self.exchange.send, turn, applied, timings, tally, self.counted, self.request_id
+            self.exchange.send, turn, applied, timings, overheard, self.counted, self.request_id
         )
 
-    def fail(self, error: DynmergeError) -> None:
-        """Tell that it ended before vLLM had it."""
-        if self.trial is not None:
-            self.trial.end(status_of(error))
-
-    def end(self, reply: Reply | None) -> None:
-        """Tell how it ended, unless that has been told."""
+    def fail(self, error: BaseException, reply: Reply | None) -> None:
+        """Tell that an error ended it; there is no `reply` where vLLM never had it."""
         if reply is not None:
-            reply.end()
+            reply.end(error)
         elif self.trial is not None:
-            self.trial.end(LEFT)
+            self.trial.end(status_of(error))
 
 
 class MergeMiddleware:
@@ -198,8 +193,10 @@ class MergeMiddleware:
         reply = told.reply(turn, applied, {"merge": 0.0})
         try:
             await self._forward(told.exchange, door.versions.served.models.base, turn, reply)
-        finally:
-            told.end(reply)
+            reply.end()
+        except BaseException as error:
+            reply.end(error)
+            raise
 
     async def _generate_with(
         self, exchange: Exchange, door: Door, resolved: Resolved, shown: str
@@ -214,11 +211,11 @@ class MergeMiddleware:
             turn = Turn(shown, resident)
             reply = told.reply(turn, applied, {"merge": time.perf_counter() - started})
             await self._forward(told.exchange, resolved.recipe.digest, turn, reply)
-        except DynmergeError as error:
-            told.fail(error)
+            reply.end()
+        except BaseException as error:
+            told.fail(error, reply)
             raise
         finally:
-            told.end(reply)
             hold.release(after=ABORTED_AFTER if reply and not reply.complete else 0)
             door.metrics.tell(door.residents.stats())
 

@@ -13,14 +13,15 @@ from starlette.types import Message, Send
 
 from dynmerge.errors import DynmergeError
 from dynmerge_server.applied import Applied
-from dynmerge_server.errors import LEFT, answer
+from dynmerge_server.errors import LEFT, answer, status_of
 from dynmerge_server.json_body import JSON
 from dynmerge_server.openai.asked import REQUEST_ID_HEADER
 from dynmerge_server.sse import DONE, EVENT_STREAM
-from dynmerge_server.vllm.tally import USAGE_ONLY, Tally
+from dynmerge_server.vllm.overheard import USAGE_ONLY, Overheard
 from dynmerge_server.vllm.turn import Turn
 
 _END = b"\n\n"
+_NOTHING = b"null"  # what a handler of vLLM's answers when its client has left
 # In vLLM's events, which have no blanks: the end of a sequence, and the chunk that counts tokens.
 _MAY_BE_LAST = (b'"finish_reason":"', b'"choices":[]')
 
@@ -29,8 +30,8 @@ class Reply:
     """One reply on its way out. `complete` says that vLLM sent all of it.
 
     Without `applied` no more is told than the client's name for the model. What ran without the
-    merge of its turn is not sent at all. `tally` reads along, and `request_id` is what feedback may
-    call the request; `counted` says that vLLM was asked for the chunk that counts tokens by us
+    merge of its turn is not sent at all. `overheard` reads along, and `request_id` is what feedback
+    may call the request; `counted` says that vLLM was asked for the chunk that counts tokens by us
     alone, so that it is not passed on.
     """
 
@@ -40,7 +41,7 @@ class Reply:
         turn: Turn,
         applied: Applied | None = None,
         timings: Mapping[str, float] = MappingProxyType({}),
-        tally: Tally | None = None,
+        overheard: Overheard | None = None,
         counted: bool = False,
         request_id: str | None = None,
     ) -> None:
@@ -48,7 +49,7 @@ class Reply:
         self._turn = turn
         self._applied = applied
         self._timings = timings
-        self._tally = tally
+        self._overheard = overheard
         self._counted = counted
         self._request_id = request_id
         self._status = LEFT
@@ -70,10 +71,11 @@ class Reply:
         else:
             await self._send(message)
 
-    def end(self) -> None:
-        """Tell the tally how it ended: by vLLM's status, or because its client left."""
-        if self._tally is not None:
-            self._tally.end(self._status if self.complete else LEFT)
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell Overheard how it ended: by vLLM's status, by `error`, or because its client left."""
+        if self._overheard is not None:
+            ended = LEFT if error is None else status_of(error)
+            self._overheard.end(self._status if self.complete else ended)
 
     async def _begin(self, message: Message) -> None:
         headers = MutableHeaders(scope=message)
@@ -118,15 +120,15 @@ class Reply:
             await self._send(self._start)
         elif self._is_stream:
             data = self._events(data, more)
-        self.complete = not more
+        self.complete = not more and data != _NOTHING
         if data or not more:
             await self._send({**message, "body": data})
 
     def _told(self, data: bytes) -> bytes:
         """A whole reply under the client's name for the model, with the block."""
         content = json.loads(data)
-        if self._tally is not None:
-            self._tally.whole(content)
+        if self._overheard is not None:
+            self._overheard.whole(content)
         for each in content if isinstance(content, list) else [content]:
             if isinstance(each, dict) and "model" in each:
                 each["model"] = self._turn.model
@@ -151,11 +153,11 @@ class Reply:
         return b"".join(ready) + (b"" if more else self._held)
 
     def _read(self, events: list[bytes]) -> list[bytes]:
-        """The same, told to the tally, without the chunk that was asked for by us alone."""
-        if self._tally is None:
+        """The same, told to Overheard, without the chunk that was asked for by us alone."""
+        if self._overheard is None:
             return events
         for event in events:
-            self._tally.event(event)
+            self._overheard.event(event)
         return [each for each in events if not (self._counted and USAGE_ONLY in each)]
 
     def _with_block(self, event: bytes) -> bytes:

@@ -1,11 +1,13 @@
 """Log 200 requests a second with some feedback until killed, and tell what was done on stdout.
 
-A line is told after what it tells: `exposed ID`, `finished ID`, `stored ID`.
+A line is told after what it tells, with the time of that: `exposed ID SECONDS`, `finished ID
+SECONDS`, `stored ID SECONDS`.
 """
 
 import asyncio
 import os
 import sys
+import time
 from pathlib import Path
 
 from dynmerge_server.experiments.log import Log, LogConfig
@@ -15,7 +17,7 @@ PER_SECOND = 200
 
 
 def tell(what: str, record: str) -> None:
-    os.write(1, f"{what} {record}\n".encode())
+    os.write(1, f"{what} {record} {time.monotonic():.3f}\n".encode())
 
 
 async def feed_back(log: Log, request_id: str) -> None:
@@ -25,7 +27,7 @@ async def feed_back(log: Log, request_id: str) -> None:
 
 
 async def serve(path: Path) -> None:
-    log = Log(LogConfig(path))
+    log = Log(LogConfig(path, batch=10_000))  # so that time alone makes a batch
     loop = asyncio.get_running_loop()
     began = loop.time()
     tasks = set()

@@ -254,5 +254,11 @@ def test_a_file_of_experiments_is_a_provider(tmp_path: Path) -> None:
         "tone", "-", EvaluationContext("u1")
     )
     assert found.value == arm_of(Experiment("tone", {"plain": Arm(), "warm": Arm()}), "u1").arm
+    path.write_text("[experiment.tone.arms]\nplain = {}\nwarm = {}\n")
+    with pytest.raises(ConfigError, match=r"no table named experiment \(known: experiments\)"):
+        DynmergeProvider.of_file(path)
+    path.write_text("[experiments.tone]\narms = 3\n")
+    with pytest.raises(ConfigError, match=r"^experiments\.toml: "):
+        DynmergeProvider.of_file(path)
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         DynmergeProvider.of_file(tmp_path / "absent.toml")

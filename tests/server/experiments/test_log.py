@@ -225,7 +225,7 @@ async def test_who_is_forgotten_is_nowhere(opened: Open, path: Path) -> None:
     tasks = [asyncio.create_task(each) for each in said]
     await asyncio.sleep(0)
     assert log.kept("tone", unit) is not None
-    assert await asyncio.to_thread(log.forget, "ada") == 4
+    assert await asyncio.to_thread(log.forget, "ada") == 2
     assert await asyncio.gather(*tasks) == ["stored"] * 3
     assert log.kept("tone", unit) is None
     assert rows(path, "SELECT id FROM exposures") == [(kept.id,)]

@@ -246,6 +246,24 @@ def test_who_is_forgotten_on_a_full_disk_is_so_when_there_is_room(
     assert count(path) == 0
 
 
+def test_who_is_to_be_forgotten_is_so_however_much_else_waits(
+    log: Log, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "FORGET_SECONDS", 0.1)
+    log.expose(exposure(unit=log.hashed("ada")))
+    written(log)
+    fill(log)
+    log.expose(exposure(preference=LONG * 40))
+    with pytest.raises(LogError, match="when it can"):
+        log.forget("ada")
+    for _ in range(300):
+        log.expose(exposure(unit="bob", preference=LONG * 40))
+    make_room(log)
+    written(log)
+    assert count(path, where="unit != 'bob'") == 0
+    assert 200 <= count(path) == 301 - log.stats().lost_exposures
+
+
 AS_NOBODY = """
 import os, sys
 from pathlib import Path

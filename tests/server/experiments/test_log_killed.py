@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from tests.server.experiments.logged import exposure, written
 
 ROOT = Path(__file__).parents[3]
 CHILD = Path(__file__).with_name("logging_child.py")
+SLOW = 0.3  # seconds that a machine may take for a batch
 
 
-@pytest.mark.parametrize("seconds", [1.5, 2.37])
+@pytest.mark.parametrize("seconds", [1.5, 2.9])
 def test_kill_9_loses_what_was_not_flushed_and_nothing_that_was_said_to_be_stored(
     tmp_path: Path, seconds: float
 ) -> None:
@@ -36,9 +38,9 @@ def test_kill_9_loses_what_was_not_flushed_and_nothing_that_was_said_to_be_store
         child.send_signal(signal.SIGKILL)
         child.wait()
     lines = [line.split() for line in told.read_text().splitlines()]
-    exposed = [record for what, record in lines if what == "exposed"]
-    finished = [record for what, record in lines if what == "finished"]
-    stored = [record for what, record in lines if what == "stored"]
+    exposed = [record for what, record, _ in lines if what == "exposed"]
+    finished = [record for what, record, _ in lines if what == "finished"]
+    stored = [record for what, record, _ in lines if what == "stored"]
     assert len(exposed) > 50
     assert stored
 
@@ -62,10 +64,13 @@ def test_kill_9_loses_what_was_not_flushed_and_nothing_that_was_said_to_be_store
     assert ended[: len(finished)] == finished[: len(ended)]
     assert len(ids) - 1 <= len(ended) <= len(ids)
 
-    # The last flush_seconds, and a batch. Two of three records are exposures and their ends.
-    config = LogConfig(path)
-    rate = len(exposed) / seconds
-    lost = len(exposed) - len(ids)
-    print(f"killed after {seconds} s: lost {lost} of {len(exposed)} exposures,", end=" ")
-    print(f"{len(finished) - len(ended)} of {len(finished)} ends, 0 of {len(stored)} stored")
-    assert lost <= rate * config.flush_seconds + config.batch / 2
+    # By the child's own clock: the last flush_seconds, and those before, as their batch may have
+    # been in the middle of being written. A machine that is busy holds the child up too.
+    times = [float(seconds) for what, _, seconds in lines if what == "exposed"]
+    longest = max(after - before for before, after in pairwise(times))
+    lost = times[len(ids) :]
+    ago = times[-1] - lost[0] if lost else 0.0
+    print(f"killed after {seconds} s: lost {len(lost)} of {len(exposed)} exposures,", end=" ")
+    print(f"the last {ago:.3f} s, {len(finished) - len(ended)} of {len(finished)} ends,", end=" ")
+    print(f"0 of {len(stored)} stored; {longest:.3f} s without any")
+    assert ago <= 2 * LogConfig(path).flush_seconds + SLOW + longest

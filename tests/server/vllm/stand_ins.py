@@ -68,6 +68,10 @@ class EchoServer:
         self.gate.set()
         self.status = 200
         self.careless = False  # serves the base model where it does not know the model
+        self.broken = False  # its handlers raise, in the middle of a stream or before a reply
+        self.content: Any = {"choices": []}  # of a whole reply; None as to a client that left
+        self.text = "a"
+        self.events: tuple[str, ...] = ()  # of a stream, after its first
         self.app = Starlette(
             routes=[Route(path, self.answer, methods=["POST"]) for path in PATHS],
         )
@@ -91,7 +95,10 @@ class EchoServer:
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(self.stream(name, usage), media_type="text/event-stream")
         await self.gate.wait()
-        return JSONResponse({"model": name, "choices": []}, self.status)
+        if self.broken:
+            raise RuntimeError("vLLM is broken")
+        content = {"model": name, **self.content} if self.content else self.content
+        return JSONResponse(content, self.status)
 
     async def stream(self, name: str, usage: bool) -> Any:
         def event(**more: Any) -> str:
@@ -99,8 +106,12 @@ class EchoServer:
             return f"data: {text}\n\n"
 
         for index in range(2):
-            yield event(choices=[{"index": index, "finish_reason": None, "text": "a"}])
+            yield event(choices=[{"index": index, "finish_reason": None, "text": self.text}])
         await self.gate.wait()
+        for said in self.events:
+            yield said
+        if self.broken:
+            raise RuntimeError("vLLM is broken")
         for index in range(2):
             yield event(choices=[{"index": index, "finish_reason": "stop", "text": ""}])
         if usage:
