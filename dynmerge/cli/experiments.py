@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -49,14 +50,17 @@ def show_all(server: str) -> None:
 
 def check_file(file: Path) -> None:
     """The experiments of a file, or the ConfigError of what is wrong."""
-    for name, each in declarations(file).items():
+    found = declarations(file)
+    if not found:
+        note(f"{file} declares no experiment")
+    for name, each in found.items():
         shares = ", ".join(f"{arm} {share:.3g}" for arm, share in each.weights.items())
         line(f"{name}: {each.state}, traffic {each.traffic:g}; {shares}; control {each.control}")
 
 
 def post(server: str, name: str, what: str, body: Mapping[str, Any] | None = None) -> None:
     """Change an experiment, and say what it is then."""
-    found = _ask(server, "POST", f"/v1/experiments/{name}/{what}", body or {})
+    found = _ask(server, "POST", f"/v1/experiments/{quote(name, safe='')}/{what}", body or {})
     waits = "" if found["runs"] or found["state"] != "running" else ", but not at this time"
     line(f"{found['name']}: {found['state']}{waits}, traffic {found['traffic']:g}")
 

@@ -183,6 +183,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read the configuration {path}: nested too deeply") from None
 
 
 def _file(path: Path | None) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from dynmerge.errors import ExperimentError
 from dynmerge_server.config import explain
@@ -21,9 +21,11 @@ ARM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 MAX_ARMS = 32
 SUM_ERROR = 1e-9  # of weights that were divided by their sum
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, Strict()]  # neither true nor "0.5"
+Share = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+OutcomeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]  # as feedback takes it
 State = Literal["draft", "running", "paused", "stopped"]
 # What is known of every request without anybody's feedback; seconds, tokens, or 1 for yes.
 Measure = Literal["error", "empty", "ttft", "latency", "tokens"]
@@ -31,6 +33,15 @@ PerUnit = Literal["mean", "sum", "any"]
 UnitSource = Literal["any", "header", "session", "user"]
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _no_number(value: object) -> object:
+    if isinstance(value, (int, float)):
+        raise ValueError("a time is written as 2026-12-01T09:00:00Z")
+    return value
+
+
+Moment = Annotated[datetime, BeforeValidator(_no_number)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class Holdout:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     name: str
-    share: Annotated[float, Field(gt=0, lt=1)]
+    share: Annotated[Number, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,7 @@ class Metric:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    outcome: str | None = None
+    outcome: OutcomeName | None = None
     measure: Measure | None = None
     per_unit: PerUnit = "mean"
     over: Finite | None = None
@@ -118,7 +129,7 @@ class Guardrail:
     metric: Metric
     at_most: Finite | None = None
     at_least: Finite | None = None
-    worse_by: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    worse_by: Annotated[Number, Field(ge=0, allow_inf_nan=False)] | None = None
     action: Literal["stop", "show"] = "stop"
 
     def __post_init__(self) -> None:
@@ -134,9 +145,9 @@ class Plan:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    units: Annotated[int, Field(ge=2)]
+    units: Annotated[int, Field(ge=2, le=10**9)]
     effect: Positive | None = None
-    power: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    power: Annotated[Number, Field(ge=0.5, le=0.999)] = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +156,7 @@ class Step:
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    at: datetime
+    at: Moment
     traffic: Share
 
 
@@ -157,7 +168,7 @@ class Experiment:
 
     name: str
     arms: Mapping[str, Arm]
-    weights: Mapping[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
+    weights: Mapping[str, Annotated[Number, Field(ge=0, le=1e9)]] = field(default_factory=dict)
     control: str | None = None  # the first arm
     traffic: Share = 1.0
     ramp: tuple[Step, ...] = ()
@@ -170,10 +181,10 @@ class Experiment:
     metrics: tuple[Metric, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
     plan: Plan | None = None
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
     state: State = "running"
-    start: datetime | None = None
-    stop: datetime | None = None
+    start: Moment | None = None
+    stop: Moment | None = None
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -260,6 +271,15 @@ def _check_names(given: Experiment) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ExperimentError(f"metrics: {name} stands there twice")
+    _check_alike([*metrics_of(given), *(rail.metric for rail in given.guardrails)])
+
+
+def _check_alike(metrics: Iterable[Metric]) -> None:
+    """Raise ExperimentError where two different metrics would have one name in a report."""
+    by_name: dict[str, Metric] = {}
+    for metric in metrics:
+        if by_name.setdefault(metric.name, metric) != metric:
+            raise ExperimentError(f"two different metrics are both called {metric.name}")
 
 
 def metrics_of(experiment: Experiment) -> list[Metric]:

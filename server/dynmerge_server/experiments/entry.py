@@ -91,11 +91,13 @@ async def resolve(
 
 def units_of(headers: Headers, wish: Wish) -> Units:
     """Whom a request may be counted as. Raises RequestError on a unit that nobody could mean."""
-    given = joined(headers, UNIT_HEADER)
+    given = headers.getlist(UNIT_HEADER)
     # Other languages hash characters where HTTP has bytes.
-    if given is not None and not (given and given.isascii()):
-        raise RequestError(f"{UNIT_HEADER} takes 1 to {MAX_UNIT} ASCII characters", UNIT_HEADER)
-    units = Units(given, joined(headers, SESSION_HEADER) or None, wish.user or None)
+    if given and not (len(given) == 1 and given[0] and given[0].isascii()):
+        message = f"{UNIT_HEADER} is one unit, of 1 to {MAX_UNIT} ASCII characters"
+        raise RequestError(message, UNIT_HEADER)
+    session = joined(headers, SESSION_HEADER) or None
+    units = Units(given[0] if given else None, _decoded(session), wish.user or None)
     named = ((UNIT_HEADER, units.header), (SESSION_HEADER, units.session), ("user", units.user))
     for where, unit in named:
         if unit is not None and len(unit) > MAX_UNIT:
@@ -170,11 +172,26 @@ def _joining(headers: Headers, wish: Wish) -> Joining | None:
     if text is None:
         return None
     try:
-        members: Any = http_sf.parse(text.encode("ascii"), tltype="dictionary")
-        ((name, (arm, _)),) = members.items()
+        members: Any = http_sf.parse(
+            text.encode("ascii"), tltype="dictionary", on_duplicate_key=_refuse
+        )
+        ((name, (arm, more)),) = members.items()
     except ValueError:  # no dictionary, not of one member, or not of ASCII
-        name, arm = "", None
-    if arm is not True and not isinstance(arm, http_sf.Token):
+        name, arm, more = "", None, {}
+    # A reply's header, fed back, may say that its arm was forced.
+    if set(more) - {"forced"} or not (arm is True or isinstance(arm, http_sf.Token)):
         message = f"{EXPERIMENT_HEADER} is one experiment, or one and its arm, as in tone=B"
         raise ExperimentError(message, EXPERIMENT_HEADER)
     return Joining(name, None if arm is True else str(arm))
+
+
+def _refuse(*_: object) -> None:
+    raise ValueError("given twice")
+
+
+def _decoded(value: str | None) -> str | None:
+    """A header's text: UTF-8 where it is that, though HTTP's library took it for Latin-1."""
+    try:
+        return value.encode("latin-1").decode() if value else value
+    except UnicodeError:
+        return value

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynmerge.errors import ConfigError
 from dynmerge_server.experiments.reading import open_readonly
+from dynmerge_server.experiments.report.source import course_of
 
 ROWS = 10_000  # in memory at once
 
@@ -63,7 +64,7 @@ def export(path: Path, folder: Path, experiment: str | None = None) -> list[Path
     """Write exposures.parquet and outcomes.parquet, of one experiment or of all; their paths.
 
     Outcomes name their exposure, or their pair. Neither file is replaced unless both are complete.
-    Raises ConfigError.
+    Raises UnknownExperiment naming those there are, LogError or ConfigError.
     """
     try:
         import pyarrow  # noqa: F401
@@ -75,6 +76,8 @@ def export(path: Path, folder: Path, experiment: str | None = None) -> list[Path
         folder.mkdir(parents=True, exist_ok=True)
         with closing(open_readonly(path)) as connection, ExitStack() as stack:
             connection.execute("BEGIN")  # all reads are of one moment
+            if experiment is not None:
+                course_of(connection, experiment)
             temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".new-"))
             for table, columns in tables.items():
                 where = _OF_EXPERIMENT[table] if experiment is not None else ""

@@ -27,6 +27,8 @@ from dynmerge_server.experiments.records import DataType, Outcome
 from dynmerge_server.json_body import validate
 
 MAX_CATEGORY = 256
+NAME = r"^[A-Za-z0-9_.:-]{1,64}$"
+VOTE, VOTES = "vote", ("first", "second", "tie")  # on two answers, by their position
 PREFIXES = ("chatcmpl-", "cmpl-")  # of a reply's `id`, before what X-Request-Id has
 
 STATUS = {"stored": 200, "again": 200, "queued": 202}
@@ -40,7 +42,7 @@ class Feedback(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     request_id: Annotated[Text, Field(max_length=256)]
-    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
+    name: Annotated[StrictStr, Field(pattern=NAME)]
     value: StrictBool | StrictInt | StrictFloat | Annotated[Text, Field(max_length=MAX_CATEGORY)]
     data_type: Literal["NUMERIC", "BOOLEAN", "CATEGORICAL"] | None = None  # by the value's type
     comment: Annotated[StrictStr, Field(max_length=4096)] | None = None
@@ -55,6 +57,12 @@ class Feedback(BaseModel):
         except OverflowError:
             pass
         raise ValueError("a number is finite")
+
+    @model_validator(mode="after")
+    def _voted(self) -> "Feedback":
+        if self.name == VOTE and self.value not in VOTES:
+            raise ValueError(f"a {VOTE} is {', '.join(VOTES[:-1])} or {VOTES[-1]}")
+        return self
 
     @model_validator(mode="after")
     def _matched(self) -> "Feedback":

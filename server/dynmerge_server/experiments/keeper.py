@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-from dynmerge.errors import DynmergeError
+from dynmerge.errors import ConfigError, DynmergeError
 from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.lab import Lab
 from dynmerge_server.experiments.reading import open_readonly
@@ -67,8 +67,8 @@ class Keeper:
         """What went wrong, without the log's path."""
         try:
             work()
-        except FAULTS as error:
-            logger.error("experiments: %s", error)
+        except Exception as error:  # the outermost handler of the thread
+            logger.error("experiments: %s", error, exc_info=not isinstance(error, FAULTS))
             return [str(error).replace(str(self._lab.path), "the log")]
         return []
 
@@ -77,15 +77,14 @@ class Keeper:
         before, self._seen = self._seen, stamp(self._lab.config.file)
         if self._seen != before or self._seen == self._read:
             return
-        self._read = self._seen
-        experiments = self._lab.experiments
         try:
             self._lab.read_file()
-            experiments.file_error = None
-        except DynmergeError as error:
+        except ConfigError as error:
             path = self._lab.config.file
-            experiments.file_error = str(error).replace(str(path), path.name if path else "")
+            said = str(error).replace(str(path), path.name if path else "")
+            self._lab.experiments.file_error = said
             logger.error("experiments stay as they are: %s", error)
+        self._read = self._seen  # not where the log failed: then it is read again
 
     def _guard(self, experiment: Experiment) -> None:
         for reason in self._broken(self._lab, experiment)[:1]:

@@ -49,15 +49,19 @@ class Lab:
         return self.experiments.log
 
     def read_file(self) -> None:
-        """Make the file's declarations count; all or none. Raises ConfigError naming the file."""
+        """Make the file's declarations count, and keep what of them cannot, to be shown.
+
+        Raises ConfigError naming the file, after which none counts; LogError.
+        """
         path = self.config.file
         if path is None:
             return
         declared = declarations(path)
         try:
-            self.experiments.declare_all(declared)
+            notes = self.experiments.declare_all(declared)
         except RequestError as error:
             raise ConfigError(f"{path.name}: {error}") from None
+        self.experiments.file_error = f"{path.name}: {'; '.join(notes)}" if notes else None
 
 
 def open_lab(config: ExperimentsConfig, preferences: Callable[[], Preferences]) -> Lab | None:

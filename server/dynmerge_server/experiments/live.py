@@ -166,16 +166,23 @@ class Experiments:
         """Start, pause or stop. Raises ExperimentError."""
         return self._revise(name, source, lambda old: with_state(old, state), reason)
 
-    def declare_all(self, declared: Mapping[str, Experiment], source: str = FILE) -> None:
-        """Make a file's experiments count: all, or none. Raises ExperimentError.
+    def declare_all(self, declared: Mapping[str, Experiment], source: str = FILE) -> list[str]:
+        """Make a file's experiments count; why some of them cannot, and stay as they were.
 
+        Raises RequestError where arms cannot be served or units would be shared; then none counts.
         What was changed in another way since counts on until the file says something new; what the
         file does not name any more is paused, for a file may be whole again soon.
         """
         with self._changing:
             self.refresh()
             now = self._clock()
-            made = [_by_file(self.courses.get(n), new, now, source) for n, new in declared.items()]
+            notes: list[str] = []
+            made = []
+            for name, new in declared.items():
+                try:
+                    made.append(_by_file(self.courses.get(name), new, now, source))
+                except ExperimentError as error:
+                    notes.append(str(error))
             gone = [
                 course.changed(with_state(course.experiment, "paused"), now, source, "not in it")
                 for name, course in self.courses.items()
@@ -187,6 +194,7 @@ class Experiments:
             self._accept(revisions)
             self.log.add(*revisions)
             self.refresh()
+            return notes
 
     async def _placed(self, course: Course, unit: str, now: float) -> tuple[Placed, bool]:
         """Where one experiment has a unit, and whether it is known to have been there."""
@@ -231,6 +239,9 @@ class Experiments:
         for revision in revisions:
             course = Course((revision,))
             after[revision.experiment] = course.experiment
+            if course.experiment.flag and self._flags is None:
+                name = course.experiment.name
+                raise ExperimentError(f"experiment {name}: flag needs [experiments.flags]", "flag")
             if course.experiment.state != "stopped":
                 self._check(course)
         check_apart(after.values())

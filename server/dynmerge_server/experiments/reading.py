@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dynmerge.errors import ConfigError, LogError
+from dynmerge.errors import LogError
 from dynmerge_server.experiments.schema import Handle, connect, read_key, reason
 
 BUSY_SECONDS = 0.05  # readers hardly ever wait; the event loop never should
@@ -35,7 +35,7 @@ class Reader:
 def open_readonly(path: Path) -> sqlite3.Connection:
     """The log at `path`, for reports: while servers write, and in a folder that is read-only.
 
-    Raises ConfigError naming the path.
+    Raises LogError naming the path.
     """
     try:
         if not path.exists():
@@ -50,7 +50,7 @@ def open_readonly(path: Path) -> sqlite3.Connection:
             return _checked(connect(path, "ro&immutable=1"))
     except (sqlite3.Error, OSError, LogError) as error:
         message = f"cannot read the log of experiments {path}: {reason(error)}"
-        raise ConfigError(message) from None
+        raise LogError(message) from None
 
 
 def _checked(connection: sqlite3.Connection) -> sqlite3.Connection:

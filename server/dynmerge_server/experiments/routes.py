@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dynmerge.errors import ConfigError, ExperimentError, Unavailable, UnknownExperiment
+from dynmerge.errors import ConfigError, ExperimentError, LogError, Unavailable, UnknownExperiment
 from dynmerge_server.experiments import feedback
 from dynmerge_server.experiments.compare import compare
 from dynmerge_server.experiments.course import Course
@@ -121,11 +121,13 @@ def _name(request: Request) -> str:
 
 
 def _report(here: Lab, course: Course) -> Report:
-    """Raises Unavailable where it cannot be made, without saying where the log is."""
+    """Raises Unavailable, or LogError without saying where the log is."""
     try:
         return report_of(here.path, course.experiment.name)
     except ConfigError as error:
-        raise Unavailable(str(error).replace(str(here.path), "")) from error
+        raise Unavailable(str(error)) from error
+    except LogError as error:
+        raise LogError(str(error).replace(f" {here.path}", "")) from error
 
 
 def _shown(here: Lab, course: Course) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from dynmerge_server.experiments.course import Course, first, patched, with_stat
 from dynmerge_server.experiments.declaration import Experiment
 
 ARMS: dict[str, Any] = {"A": {"preference": "ada=1"}, "B": {"preference": "bob=1"}}
+ALIKE = [
+    {"metric": {"measure": "error"}, "at_most": 0.1},
+    {"metric": {"outcome": "error"}, "at_most": 1e9},
+]
 NOW = 1_800_000_000.0
 
 
@@ -157,6 +161,14 @@ def test_it_runs_between_its_times() -> None:
         ({"arms": {"A": {"preference": "ada=1", "preset": "x"}, "B": {}}}, "give one of them"),
         ({"arms": ARMS, "primary": {"outcome": "x", "measure": "ttft"}}, "one outcome or of one"),
         ({"arms": ARMS, "primary": {"measure": "tokens"}}, "higher or lower"),
+        ({"arms": ARMS, "primary": {"outcome": "is it helpful?"}}, "primary.outcome"),
+        ({"arms": ARMS, "traffic": True}, "traffic"),
+        ({"arms": ARMS, "traffic": "0.5"}, "traffic"),
+        ({"arms": ARMS, "start": 5}, "a time is written as"),
+        ({"arms": ARMS, "weights": {"A": 1e308, "B": 1e308}}, "weights.A"),
+        ({"arms": ARMS, "plan": {"units": 10**400}}, "plan.units"),
+        ({"arms": ARMS, "plan": {"units": 100, "power": 0.001}}, "plan.power"),
+        ({"arms": ARMS, "guardrails": ALIKE}, "two different metrics are both called error"),
         ({"arms": ARMS, "primary": {"measure": "speed"}}, "primary.measure: .*'ttft'"),
         ({"arms": ARMS, "guardrails": [{"metric": {"measure": "error"}}]}, "one of at_most"),
         ({"arms": ARMS, "metrics": [{"outcome": "x"}] * 2}, "x stands there twice"),

@@ -6,10 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from dynmerge.errors import ConfigError
+from dynmerge.errors import ConfigError, LogError, UnknownExperiment
 from dynmerge_server.experiments import export as export_module
 from dynmerge_server.experiments.export import EXPOSURES, OUTCOMES, export
 from dynmerge_server.experiments.log import Log, LogConfig
+from dynmerge_server.experiments.records import Revision
 from tests.server.experiments.logged import exposure, finish, outcome, written
 
 
@@ -44,6 +45,7 @@ def test_one_experiment_comes_with_its_outcomes_and_votes_and_no_others(
     path: Path, tmp_path: Path
 ) -> None:
     log = Log(LogConfig(path))
+    log.add(Revision("tone", 1, 0, 0.0, "api", '{"arms": {"A": {}, "B": {}}}'))
     log.expose(exposure("mine"))
     log.expose(exposure("pair", kind="pair", pair="p"))
     log.expose(exposure("other", experiment="other"))
@@ -53,7 +55,6 @@ def test_one_experiment_comes_with_its_outcomes_and_votes_and_no_others(
     exposures, outcomes = (pq.read_table(each) for each in export(path, tmp_path, "tone"))
     assert exposures["request_id"].to_pylist() == ["mine", "pair"]
     assert outcomes["request_id"].to_pylist() == ["mine", "p"]
-    assert [pq.read_table(each).num_rows for each in export(path, tmp_path, "absent")] == [0, 0]
 
 
 def test_it_is_of_one_moment_while_a_server_writes_and_in_batches(
@@ -101,6 +102,12 @@ def test_an_export_that_fails_leaves_what_was_there(path: Path, tmp_path: Path) 
 
 
 def test_a_log_that_is_not_there_is_named(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(LogError, match="no such file"):
         export(path, tmp_path)
     assert not path.exists()
+
+
+def test_an_experiment_that_is_not_there_is_named(path: Path, tmp_path: Path) -> None:
+    Log(LogConfig(path)).close()
+    with pytest.raises(UnknownExperiment, match=r"no experiment named 'tine' \(known: none\)"):
+        export(path, tmp_path / "made", "tine")

@@ -271,12 +271,40 @@ async def test_a_teams_flag_chooses_the_arm_or_nobody_does(path: Path) -> None:
     assert (unknown.kind, unknown.arm) == ("outside", None)
 
 
-def test_a_file_counts_whole_or_not_at_all(live: Experiments) -> None:
+def test_what_one_experiment_cannot_take_leaves_that_one_as_it_was(live: Experiments) -> None:
     live.declare_all(parse_all({"one": {"arms": ARMS}, "two": {"arms": ARMS, "traffic": 0.5}}))
-    wrong = {"one": {"arms": ARMS, "traffic": 0.1}, "two": {"arms": ARMS, "seed": "x"}}
-    with pytest.raises(ExperimentError, match="two has begun: seed"):
-        live.declare_all(parse_all(wrong))
-    assert live.course("one").experiment.traffic == 1.0
+    live.declare("mine", {"arms": ARMS})
+    live.declare_all(
+        parse_all({"one": {"arms": ARMS}, "two": {"arms": ARMS}, "over": {"arms": ARMS}})
+    )
+    live.turn("over", "stopped")
+    said = {
+        "one": {"arms": ARMS, "traffic": 0.1},
+        "two": {"arms": ARMS, "seed": "x"},
+        "over": {"arms": ARMS, "traffic": 0.1},
+        "mine": {"arms": ARMS},
+    }
+    notes = live.declare_all(parse_all(said))
+    assert [note.split(",")[0].split(":")[0] for note in notes] == [
+        "experiment two has begun",
+        "experiment over is stopped",
+        "experiment mine exists",
+    ]
+    assert live.course("one").experiment.traffic == 0.1
+    assert live.course("two").experiment.seed is None
+
+
+def test_units_that_must_not_be_shared_let_nothing_of_a_file_count(live: Experiments) -> None:
+    live.declare("mine", {"arms": ARMS, "namespace": {"name": "chat"}})
+    said = {"one": {"arms": ARMS}, "two": {"arms": ARMS, "namespace": {"name": "chat", "end": 0.1}}}
+    with pytest.raises(ExperimentError, match=r"mine and two overlap|two and mine overlap"):
+        live.declare_all(parse_all(said))
+    assert list(live.courses) == ["mine"]
+
+
+def test_a_flag_needs_somebody_to_ask(live: Experiments) -> None:
+    with pytest.raises(ExperimentError, match=r"tone: flag needs \[experiments.flags\]"):
+        live.declare("tone", {"arms": ARMS, "flag": "tone"})
 
 
 def test_what_a_file_says_again_changes_nothing(live: Experiments) -> None:
@@ -296,8 +324,6 @@ def test_what_a_file_names_no_more_is_paused(live: Experiments) -> None:
     live.declare_all({})
     assert live.course("tone").experiment.state == "paused"
     assert live.course("mine").experiment.state == "running"
-    with pytest.raises(ExperimentError, match="mine exists, and was not declared by the file"):
-        live.declare_all(parse_all({"mine": {"arms": ARMS}}))
 
 
 def test_another_process_sees_what_changed(live: Experiments, path: Path, clock: Clock) -> None:
