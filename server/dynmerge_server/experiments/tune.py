@@ -9,6 +9,7 @@ weeks are taken as one.
 
 import re
 import sqlite3
+import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +27,7 @@ from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import MAX_ARMS, Metric
 from dynmerge_server.experiments.proposals import LEVEL, Estimate, Proposal, Proposals, Tried
 from dynmerge_server.experiments.report.source import PLACED, course_of, courses
-from dynmerge_server.experiments.report.table import compared
+from dynmerge_server.experiments.report.table import Table, compared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,8 +225,10 @@ def _observed(
 ) -> list[Observed]:
     """All arms of which there is a mean; the others go to `left_out`."""
     found: list[tuple[str, Preference, Rows]] = []
+    now = time.time()
     for course in family:
-        table = compared(connection, course, [metric])
+        table = compared(connection, course, [metric], now)
+        _check_ratio(course, table)
         served = _served(connection, course.experiment.name)
         for index, arm in enumerate(table.arms):
             name = f"{course.experiment.name}/{arm}"
@@ -256,6 +259,26 @@ def _observed(
             found, freedom, variances, strict=True
         )
     ]
+
+
+def _check_ratio(course: Course, table: Table) -> None:
+    """Raise ExperimentError where units were lost or counted twice: arms are then not alike."""
+    try:
+        from dynmerge_server.experiments.report.srm import sample_ratio
+    except ImportError:
+        raise ConfigError("SciPy is not installed: pip install 'dynmerge[experiments]'") from None
+
+    weights = [course.experiment.weights[arm] for arm in table.arms]
+    ratio = sample_ratio(table.counts.assigned, weights)
+    if ratio.red:
+        counted = ", ".join(
+            f"{arm} {units} of {expected:.1f}"
+            for arm, units, expected in zip(table.arms, ratio.units, ratio.expected, strict=True)
+        )
+        raise ExperimentError(
+            f"experiment {course.experiment.name} has a sample ratio mismatch, units that were "
+            f"lost or counted twice ({counted} expected): its arms cannot be ranked"
+        )
 
 
 def _served(connection: sqlite3.Connection, experiment: str) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import Experiment, metrics_of
 from dynmerge_server.experiments.report.compare import exploratory_results, primary_result
-from dynmerge_server.experiments.report.guardrails import guardrail_states
+from dynmerge_server.experiments.report.guardrails import guardrail_states, hidden, telling
 from dynmerge_server.experiments.report.history import changes
 from dynmerge_server.experiments.report.looks import looks
 from dynmerge_server.experiments.report.notes import CAVEATS, notes
@@ -17,7 +17,7 @@ from dynmerge_server.experiments.report.results import MetricResult, Power
 from dynmerge_server.experiments.report.samples import samples
 from dynmerge_server.experiments.report.source import votes_of
 from dynmerge_server.experiments.report.srm import sample_ratio
-from dynmerge_server.experiments.report.table import Column, Table, began_at, compared
+from dynmerge_server.experiments.report.table import Column, Table, compared
 from dynmerge_server.experiments.report.verdict import verdict
 
 POWER = 0.8  # where no plan says another
@@ -26,11 +26,13 @@ POWER = 0.8  # where no plan says another
 def build(connection: sqlite3.Connection, course: Course, now: float) -> Report:
     """The report as of `now`. Raises sqlite3.Error."""
     experiment = course.experiment
-    table = compared(connection, course, metrics_of(experiment))
+    table = compared(connection, course, metrics_of(experiment), now)
     ratio = sample_ratio(table.counts.assigned, list(experiment.weights.values()))
     column = table.columns[0] if experiment.primary else None
     primary = primary_result(table, column, experiment.alpha) if column else None
     control = table.arms[table.control]
+    withheld = telling(experiment) if ratio.red else frozenset()
+    votes = pairs(votes_of(connection, experiment.name), table.arms, control, experiment.alpha)
     return Report(
         experiment=experiment.name,
         time=now,
@@ -40,18 +42,18 @@ def build(connection: sqlite3.Connection, course: Course, now: float) -> Report:
         weights=dict(experiment.weights),
         traffic=experiment.traffic_at(now),
         alpha=experiment.alpha,
-        began=began_at(course),
+        began=course.began(now),
         units=table.units,
         counts=table.counts,
         verdict=verdict(ratio, primary, control),
         sample_ratio=ratio,
         metrics=() if ratio.red else _metrics(experiment, table, primary),
-        guardrails=guardrail_states(connection, course),
+        guardrails=hidden(guardrail_states(connection, course), withheld),
         power=_power(experiment, table, column) if column else (),
-        pairs=pairs(votes_of(connection, experiment.name), table.arms, control, experiment.alpha),
+        pairs=votes,
         looks=looks(table, None if ratio.red else column, experiment.alpha),
-        history=changes(course),
-        notes=notes(table),
+        history=changes(course, withheld),
+        notes=notes(table, votes),
         caveats=CAVEATS,
     )
 

@@ -36,19 +36,24 @@ Pair = tuple[Sample, Sample]  # the control, and another arm
 
 def primary_result(table: Table, column: Column, alpha: float) -> MetricResult:
     """The primary metric: all its sequences together are wrong at most `alpha` of the time."""
-    return _result(table, column, "primary", alpha / (len(table.arms) - 1))
+    others = len(table.arms) - 1
+    return _corrected(_result(table, column, "primary", alpha / others), others)
 
 
 def exploratory_results(
     table: Table, columns: Sequence[Column], alpha: float
 ) -> tuple[MetricResult, ...]:
     """Other metrics: so are the sequences of all of them, and their adjusted p-values (Holm)."""
-    level = alpha / ((len(table.arms) - 1) * max(len(columns), 1))
-    return adjusted([_result(table, column, "exploratory", level) for column in columns])
+    shared = (len(table.arms) - 1) * max(len(columns), 1)
+    results = [_result(table, column, "exploratory", alpha / shared) for column in columns]
+    return tuple(_corrected(each, shared) for each in adjusted(results))
 
 
 def compare(name: str, control: Sample | None, arm: Sample | None, alpha: float) -> Comparison:
-    """An arm against the control, each interval wrong at most `alpha` of the time."""
+    """An arm against the control, each interval wrong at most `alpha` of the time.
+
+    Its p-values are of one comparison alone.
+    """
     units = sum(each.units for each in (control, arm) if each)
     why = too_few((control, arm))
     if control is None or arm is None or control.variance + arm.variance == 0:
@@ -101,6 +106,29 @@ def adjusted(results: Sequence[MetricResult]) -> tuple[MetricResult, ...]:
     )
 
 
+def _corrected(result: MetricResult, shared: int) -> MetricResult:
+    """With p-values below all of alpha where intervals, each at a part of it, exclude 0.
+
+    None where there are too few units for any to hold.
+    """
+
+    def times(p: float | None, comparison: Comparison) -> float | None:
+        return None if p is None or comparison.too_few else min(shared * p, 1.0)
+
+    return replace(
+        result,
+        comparisons=tuple(
+            replace(
+                each,
+                fixed_p=times(each.fixed_p, each),
+                adjusted_p=None if each.too_few else each.adjusted_p,
+                sequence_p=times(each.sequence_p, each),
+            )
+            for each in result.comparisons
+        ),
+    )
+
+
 def _result(table: Table, column: Column, role: Role, alpha: float) -> MetricResult:
     arms = samples(table, column)
     there = [each for each in arms if each is not None]
@@ -114,7 +142,14 @@ def _result(table: Table, column: Column, role: Role, alpha: float) -> MetricRes
         alpha,
         tuple(_mean(table, column, index, arms[index], rate, alpha) for index in range(len(arms))),
         tuple(compare(table.arms[i], arms[table.control], arms[i], alpha) for i in others),
+        _trouble(column),
     )
+
+
+def _trouble(column: Column) -> str | None:
+    if not column.words or column.answered.any():
+        return None
+    return f"{column.metric.outcome} has words as values; a metric needs numbers or booleans"
 
 
 def _mean(

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import chi2_contingency
 
-from dynmerge_server.experiments.report.results import Counts
+from dynmerge_server.experiments.report.results import Counts, Pairs
 from dynmerge_server.experiments.report.srm import RED
 from dynmerge_server.experiments.report.table import Column, Table
+from dynmerge_server.experiments.report.words import when
 
 CAVEATS = (
     "The verdict is by the confidence sequence, which holds however often somebody looks. The "
@@ -21,9 +22,10 @@ CAVEATS = (
 )
 
 
-def notes(table: Table) -> tuple[str, ...]:
+def notes(table: Table, pairs: Pairs | None) -> tuple[str, ...]:
     """What is special about the units of one experiment."""
-    return (*_left_out(table.counts, len(table.arm)), *_placed(table), *_answers(table))
+    left_out = _left_out(table.counts, len(table.arm))
+    return (*left_out, *_placed(table), *_changed(table), *_answers(table), *_votes(pairs))
 
 
 def _left_out(counts: Counts, units: int) -> Iterator[str]:
@@ -54,8 +56,30 @@ def _placed(table: Table) -> Iterator[str]:
         yield f"Requests that waited for their merge: {each}."
 
 
+def _changed(table: Table) -> Iterator[str]:
+    for each in table.changed:
+        yield (
+            f"{each.arm} was served with {each.merges} different merges: since {when(each.since)}, "
+            f"{each.requests} requests were not served with the first, so a preset, the default or "
+            "the bank changed, and the arm has no one meaning."
+        )
+
+
+def _votes(pairs: Pairs | None) -> Iterator[str]:
+    if pairs is not None and pairs.without_unit:
+        yield (
+            f"{pairs.without_unit} of {pairs.votes} votes named no unit; they may be one person's, "
+            "and count as if each were of somebody else."
+        )
+
+
 def _answers(table: Table) -> Iterator[str]:
     for column in table.columns:
+        if column.words:
+            yield (
+                f"{column.words} values of {column.metric.outcome} are words, which are left out: "
+                "a metric needs numbers or booleans."
+            )
         if _differs(table, column):
             yield (
                 f"Arms differ in how many of their units have any value of {column.metric.name}: "

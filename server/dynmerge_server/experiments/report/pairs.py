@@ -17,7 +17,7 @@ from statsmodels.genmod.generalized_linear_model import GLM
 from dynmerge_server.experiments.report.results import Interval, Pairs, Strength
 from dynmerge_server.experiments.report.source import Floats
 
-Vote = tuple[str, str, str, str]  # the first arm, the second, what was voted, the unit
+Vote = tuple[str, str, str, str]  # the first arm, the second, what was voted, the unit or ""
 
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
 MIN_UNITS = 10  # for intervals that allow for votes of one unit being alike
@@ -35,7 +35,9 @@ class Votes:
     arms: tuple[str, ...]
     shown: Floats  # (votes, arms)
     points: Floats  # of the first shown
-    units: NDArray[np.intp]
+    units: NDArray[np.intp]  # a vote without one has a number of its own
+    named: int  # units
+    without_unit: int  # votes
 
     @classmethod
     def of(cls, votes: Sequence[Vote], arms: Sequence[str]) -> "Votes":
@@ -47,8 +49,11 @@ class Votes:
         shown[rows, [place[first] for first, *_ in kept]] += 1
         shown[rows, [place[second] for _, second, *_ in kept]] -= 1
         points = np.array([POINTS[said] for _, _, said, _ in kept])
-        _, units = np.unique([unit for *_, unit in kept], return_inverse=True)
-        return cls(tuple(arms), shown, points, units)
+        numbers = {unit: index for index, unit in enumerate({unit for *_, unit in kept if unit})}
+        units = [numbers.get(unit, len(numbers) + row) for row, (*_, unit) in enumerate(kept)]
+        without_unit = sum(not unit for *_, unit in kept)
+        named = len(numbers)
+        return cls(tuple(arms), shown, points, np.array(units, np.intp), named, without_unit)
 
     @property
     def each(self) -> NDArray[np.intp]:
@@ -103,7 +108,8 @@ def pairs(given: Sequence[Vote], arms: Sequence[str], control: str, alpha: float
     return Pairs(
         len(votes.points),
         int(np.sum(votes.points == POINTS["tie"])),
-        int(votes.units.max()) + 1,
+        votes.named,
+        votes.without_unit,
         tuple(
             _strength(arm, int(counts[arm]), float(won), found.get(arm))
             for arm, won in zip(arms, votes.wins, strict=True)
@@ -145,9 +151,9 @@ def _trouble(design: Floats, points: Floats) -> str | None:
 
 
 def _fit(design: Floats, votes: Votes, alpha: float) -> Fit:
-    clustered = votes.units.max() + 1 >= max(MIN_UNITS, 2 * design.shape[1])
+    clustered = votes.named >= max(MIN_UNITS, 2 * design.shape[1])
     how = {"cov_type": "cluster", "cov_kwds": {"groups": votes.units}} if clustered else {}
     fitted = GLM(votes.points, design, family=Binomial()).fit(**how)
     ends = fitted.conf_int(alpha)
     terms = (Term(*map(float, each)) for each in zip(fitted.params, *ends.T, strict=True))
-    return Fit(tuple(terms), bool(clustered))
+    return Fit(tuple(terms), clustered and not votes.without_unit)

@@ -40,7 +40,7 @@ class Report:
     weights: Mapping[str, float]
     traffic: float
     alpha: float
-    began: float
+    began: float | None  # when units could first have arms
     units: tuple[int, ...]  # that are compared, by arm
     counts: Counts
     verdict: Verdict

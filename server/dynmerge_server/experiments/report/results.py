@@ -65,8 +65,9 @@ class Comparison:
     too_few: str | None  # why nothing can be said yet
     difference: Estimate | None = None
     relative: Estimate | None = None  # to the control's mean, where that is well above 0
+    # All to be compared with the experiment's alpha: they allow for all comparisons that share it.
     fixed_p: float | None = None
-    adjusted_p: float | None = None  # of an exploratory metric, by Holm over all of those
+    adjusted_p: float | None = None  # of an exploratory metric, by Holm, which is the least strict
     sequence_p: float | None = None
     variance_removed: float | None = None  # the share that the time before explained (CUPED)
 
@@ -91,6 +92,7 @@ class MetricResult:
     alpha: float
     arms: tuple[ArmMean, ...]
     comparisons: tuple[Comparison, ...]
+    trouble: str | None = None  # why nothing of it can ever be compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,10 @@ class SampleRatio:
 
 @dataclass(frozen=True, slots=True)
 class GuardrailState:
-    """One guardrail in one arm, broken where even `bound`, which is sure, is beyond `limit`."""
+    """One guardrail in one arm, broken where even `bound`, which is sure, is beyond `limit`.
+
+    Neither it nor `value` is there where it is not known yet, or hidden by a red sample ratio.
+    """
 
     metric: str
     arm: str
@@ -131,8 +136,10 @@ class GuardrailState:
     def text(self) -> str:
         """In one sentence."""
         told = f"{self.metric} in {self.arm}, {self.rule} {self.limit:g}: {self.state}"
+        if self.state == "unknown":
+            return f"{told}; {self.units} units are too few to say, or too much alike"
         if self.value is None or self.bound is None:
-            return f"{told}; {self.units} units are too few to say"
+            return f"{told}; by how much is not shown while there is a sample ratio mismatch"
         side = "below" if self.rule == "at least" else "above"
         sure = f"surely {side} {self.bound:.4g}"
         return f"{told}; it is {self.value:.4g} in {self.units} units, {sure}"
@@ -173,7 +180,8 @@ class Pairs:
 
     votes: int
     ties: int
-    units: int
+    units: int  # that are named
+    without_unit: int  # votes that name none, and may be one person's
     arms: tuple[Strength, ...]
     first_shown: float | None  # the chance that the first shown wins, of equals
     first_shown_interval: Interval | None

@@ -3,7 +3,9 @@
 SQL adds up; nothing here compares.
 """
 
+import json
 import sqlite3
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,6 @@ from dynmerge_server.experiments.rows import REVISIONS
 Floats = NDArray[np.float64]
 Names = NDArray[np.bytes_]
 
-CACHE = 128 * 1024  # KiB of the file that are kept meanwhile, as a unit's rows lie far apart
 PLACED = "(kind IN ('assigned', 'flagged') AND arm IS NOT NULL)"
 COLD = "(cache IN ('stored', 'collapsed'))"  # the request waited for its merge
 TIMES = ("ttft", "latency")
@@ -41,9 +42,16 @@ IN_TIME = "FROM exposures WHERE time >= ? AND +experiment = ? AND"
 CLOCKS = 86_400.0  # seconds by which those of several servers may differ
 # SQLite alone would begin with the exposures, most of which have no outcome.
 JOINED = "outcomes CROSS JOIN exposures ON exposures.id = outcomes.exposure"
-# The last vote on a pair counts. Where no unit is known, each pair is of somebody else.
+WORDS = "category IS NOT NULL AND value IS NULL"
+# What an arm was served with, beginning with the first. Whose unit had two arms is not compared.
+SERVED = f"""
+SELECT arm, count(*), min(time) AS since {IN_TIME} {PLACED} AND phase = ?
+    AND unit NOT IN (SELECT value FROM json_each(?))
+GROUP BY arm, preference, method, merge_id ORDER BY since
+"""
+# The last vote on a pair counts.
 VOTES = """
-SELECT one.arm, other.arm, category, coalesce(nullif(one.unit, ''), one.pair), max(outcomes.time)
+SELECT one.arm, other.arm, category, one.unit, max(outcomes.time)
 FROM exposures AS one
 JOIN exposures AS other ON other.pair = one.pair AND other.position = 1
 JOIN outcomes ON outcomes.exposure = one.pair
@@ -90,7 +98,6 @@ def units_of(
 
     `warm` leaves out times of requests that waited for their merge.
     """
-    connection.execute(f"PRAGMA cache_size = -{CACHE}")
     values = [_per_unit(metric, _measure(metric, warm)) for metric in metrics]
     rows = connection.execute(
         f"SELECT {', '.join([FIRST, COUNTED, *values])} {IN_TIME} {PLACED} "
@@ -138,8 +145,37 @@ def outcomes_before(
     return _outcomes(connection, metrics, where, (began, began))
 
 
+def words_of(
+    connection: sqlite3.Connection, experiment: str, names: Sequence[str]
+) -> Counter[str | None]:
+    """How many outcomes of each name are words, of what the experiment itself served."""
+    found = connection.execute(
+        f"SELECT name, count(*) FROM {JOINED} WHERE name IN ({_marks(names)}) AND {WORDS} "
+        f"AND experiment = ? AND {PLACED} GROUP BY name",
+        (*names, experiment),
+    ).fetchall()
+    return Counter(dict(found))
+
+
+def served_of(
+    connection: sqlite3.Connection, course: Course, two_arms: Sequence[str]
+) -> dict[str, list[tuple[int, float]]]:
+    """By arm, each merge that its units were served with: how many requests, and since when.
+
+    Units of `two_arms` and of phases before are left out.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    given = (*_span(course), course.phase, json.dumps(two_arms))
+    for arm, requests, since in connection.execute(SERVED, given):
+        found.setdefault(arm, []).append((requests, since))
+    return found
+
+
 def votes_of(connection: sqlite3.Connection, experiment: str) -> list[tuple[str, str, str, str]]:
-    """Of each pair the arms as they were shown, the vote (first, second or tie), and the unit."""
+    """Of each pair the arms as they were shown, the vote (first, second or tie), and the unit.
+
+    No unit is "".
+    """
     rows = connection.execute(VOTES, (experiment,)).fetchall()
     return [(one, other, vote, unit) for one, other, vote, unit, _ in rows]
 
@@ -153,14 +189,18 @@ def _outcomes(
 ) -> Numbers:
     if not metrics:
         return _numbers([], 0)
-    names = [metric.outcome for metric in metrics]
+    names = [str(metric.outcome) for metric in metrics]
     values = [_per_unit(metric, "CASE WHEN name = ? THEN value END") for metric in metrics]
     rows = connection.execute(
         f"SELECT unit, {', '.join(values)} FROM {JOINED} "
-        f"WHERE name IN ({', '.join('?' * len(names))}) AND {where} GROUP BY unit ORDER BY unit",
+        f"WHERE name IN ({_marks(names)}) AND {where} GROUP BY unit ORDER BY unit",
         (*names, *names, *given),
     ).fetchall()
     return _numbers(rows, len(metrics))
+
+
+def _marks(names: Sequence[str]) -> str:
+    return ", ".join("?" * len(names))
 
 
 def _measure(metric: Metric, warm: bool) -> str:

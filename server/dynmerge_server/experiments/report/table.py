@@ -4,23 +4,26 @@ Says which units are compared, and counts those that are not. Knows no statistic
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmerge_server.experiments.course import Course, declared
+from dynmerge_server.experiments.course import Course
 from dynmerge_server.experiments.declaration import Metric
 from dynmerge_server.experiments.report.results import Counts
 from dynmerge_server.experiments.report.source import (
     Floats,
     Names,
+    Numbers,
     others_of,
     outcomes_before,
     outcomes_of,
+    served_of,
     units_before,
     units_of,
+    words_of,
 )
 
 Flags = NDArray[np.bool_]
@@ -35,6 +38,18 @@ class Column:
     now: Floats
     before: Floats  # in the time before the experiment
     answered: Flags  # whether the unit has any value, 0 being one
+    words: int = 0  # values that are words and no numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """An arm that was served with more than one merge: with how many, and how many requests were
+    not served with the first, since when."""
+
+    arm: str
+    merges: int
+    requests: int
+    since: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +62,7 @@ class Table:
     time: Floats  # of its first request, seconds since 1970
     columns: tuple[Column, ...]
     counts: Counts
+    changed: tuple[Changed, ...] = ()
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -68,59 +84,115 @@ class _Everyone:
     different: Floats  # how many arms
 
 
-def compared(connection: sqlite3.Connection, course: Course, metrics: Sequence[Metric]) -> Table:
+def compared(
+    connection: sqlite3.Connection, course: Course, metrics: Sequence[Metric], now: float
+) -> Table:
     """The table for comparisons: with the time before, and no times of requests that were cold."""
-    return _read(connection, course, metrics, began_at(course), warm=True)
+    everyone, measured = _everyone(connection, course, metrics, warm=True)
+    chosen = _chosen(everyone, course.phase)
+    names = everyone.names[chosen]
+    found = _numbers(connection, course, metrics, measured, names)
+    before, seen = _before(connection, course.began(now), metrics, names)
+    asked = [metric.outcome for metric in metrics if metric.outcome]
+    words = words_of(connection, course.experiment.name, asked)
+    columns = [
+        _column(metric, found[metric.name], before[metric.name], seen, words[metric.outcome])
+        for metric in metrics
+    ]
+    counts = _counts(everyone, chosen, course, others_of(connection, course))
+    changed = tuple(_changed(connection, course, everyone))
+    return _table(course, everyone, chosen, columns, counts, changed)
 
 
 def guarded(connection: sqlite3.Connection, course: Course, metrics: Sequence[Metric]) -> Table:
-    """The table for guardrails: of every request, and of nothing before the experiment."""
-    return _read(connection, course, metrics, 0.0, warm=False)
+    """The table for guardrails: of every request, and of nothing else, as it is asked for often.
+
+    It does not say what came before the experiment, nor what is no part of it.
+    """
+    everyone, measured = _everyone(connection, course, metrics, warm=False)
+    chosen = _chosen(everyone, course.phase)
+    found = _numbers(connection, course, metrics, measured, everyone.names[chosen])
+    nothing, nobody = np.full(len(chosen), np.nan), np.zeros(len(chosen), dtype=np.bool_)
+    columns = [_column(metric, found[metric.name], nothing, nobody) for metric in metrics]
+    return _table(course, everyone, chosen, columns, _counts(everyone, chosen, course, (0, 0)))
 
 
-def began_at(course: Course) -> float:
-    """When the experiment first ran; when it last changed, if it never did."""
-    for revision in course.revisions:
-        experiment = declared(revision)
-        if experiment.state == "running":
-            start = experiment.start.timestamp() if experiment.start else revision.time
-            return max(start, revision.time)
-    return course.last.time
+def _table(
+    course: Course,
+    everyone: _Everyone,
+    chosen: Indices,
+    columns: Sequence[Column],
+    counts: Counts,
+    changed: tuple[Changed, ...] = (),
+) -> Table:
+    arms = tuple(course.experiment.arms)
+    return Table(
+        arms,
+        arms.index(str(course.experiment.control)),
+        everyone.arm[chosen],
+        everyone.time[chosen],
+        tuple(columns),
+        counts,
+        changed,
+    )
 
 
-def _read(
+def _everyone(
+    connection: sqlite3.Connection, course: Course, metrics: Sequence[Metric], *, warm: bool
+) -> tuple[_Everyone, Numbers]:
+    """All units that got an arm, and their metrics of measures."""
+    measured = [metric for metric in metrics if metric.measure]
+    firsts, numbers = units_of(connection, course, measured, warm)
+    known = {arm: index for index, arm in enumerate(course.experiment.arms)}
+    indices = np.array([known.get(arm, -1) for arm in firsts], dtype=np.intp)
+    everyone = _Everyone(numbers.units, indices, *numbers.columns[:6])
+    return everyone, Numbers(numbers.units, numbers.columns[6:])
+
+
+def _numbers(
     connection: sqlite3.Connection,
     course: Course,
     metrics: Sequence[Metric],
-    began: float,
-    *,
-    warm: bool,
-) -> Table:
-    arms = tuple(course.experiment.arms)
+    measured: Numbers,
+    names: Names,
+) -> dict[str, Floats]:
+    """Metrics of units, by the metrics' names."""
+    asked = [metric for metric in metrics if metric.outcome]
+    outcomes = outcomes_of(connection, course.experiment.name, asked)
+    return _by_name(metrics, measured.of(names), outcomes.of(names))
+
+
+def _before(
+    connection: sqlite3.Connection, began: float | None, metrics: Sequence[Metric], names: Names
+) -> tuple[dict[str, Floats], Flags]:
+    """The same of the time before, and who was there then; nobody where nothing has begun."""
     measured = [metric for metric in metrics if metric.measure]
     asked = [metric for metric in metrics if metric.outcome]
-    firsts, numbers = units_of(connection, course, measured, warm)
-    known = {arm: index for index, arm in enumerate(arms)}
-    indices = np.array([known.get(arm, -1) for arm in firsts], dtype=np.intp)
-    everyone = _Everyone(numbers.units, indices, *numbers.columns[:6])
-    chosen = _chosen(everyone, course.phase)
-    names = everyone.names[chosen]
-    seen, *old = units_before(connection, began, measured, warm).of(names)
-    old += outcomes_before(connection, began, asked).of(names)
-    new = [column[chosen] for column in numbers.columns[6:]]
-    new += outcomes_of(connection, course.experiment.name, asked).of(names)
-    columns = {
-        metric.name: _column(metric, now, before, seen > 0)
-        for metric, now, before in zip([*measured, *asked], new, old, strict=True)
-    }
-    return Table(
-        arms,
-        known[str(course.experiment.control)],
-        everyone.arm[chosen],
-        everyone.time[chosen],
-        tuple(columns[metric.name] for metric in metrics),
-        _counts(everyone, chosen, len(arms), course.phase, others_of(connection, course)),
-    )
+    end = -np.inf if began is None else began
+    seen, *old = units_before(connection, end, measured, warm=True).of(names)
+    outcomes = outcomes_before(connection, end, asked)
+    return _by_name(metrics, old, outcomes.of(names)), seen > 0
+
+
+def _by_name(
+    metrics: Sequence[Metric], measured: Sequence[Floats], asked: Sequence[Floats]
+) -> dict[str, Floats]:
+    """Columns of measures and of outcomes, each in the order of its metrics."""
+    names = [metric.name for metric in metrics if metric.measure]
+    names += [metric.name for metric in metrics if metric.outcome]
+    return dict(zip(names, [*measured, *asked], strict=True))
+
+
+def _changed(
+    connection: sqlite3.Connection, course: Course, everyone: _Everyone
+) -> Iterator[Changed]:
+    two_arms = [name.decode() for name in everyone.names[everyone.different != 1]]
+    served = served_of(connection, course, two_arms)
+    for arm in course.experiment.arms:
+        _, *later = served.get(arm, [(0, 0.0)])
+        if later:
+            requests = sum(number for number, _ in later)
+            yield Changed(arm, 1 + len(later), requests, later[0][1])
 
 
 def _chosen(everyone: _Everyone, phase: int) -> Indices:
@@ -130,19 +202,19 @@ def _chosen(everyone: _Everyone, phase: int) -> Indices:
     return chosen[np.argsort(everyone.time[chosen], kind="stable")]
 
 
-def _column(metric: Metric, now: Floats, before: Floats, seen: Flags) -> Column:
+def _column(metric: Metric, now: Floats, before: Floats, seen: Flags, words: int = 0) -> Column:
     """A sum over no values is 0 where the unit was there; a mean of none is none."""
     answered = ~np.isnan(now)
     if metric.per_unit != "mean":
         now = np.nan_to_num(now, nan=0.0, posinf=np.inf, neginf=-np.inf)
         before = np.where(np.isnan(before) & seen, 0.0, before)
-    return Column(metric, now, before, answered)
+    return Column(metric, now, before, answered, words)
 
 
 def _counts(
-    everyone: _Everyone, chosen: Indices, arms: int, phase: int, others: tuple[int, int]
+    everyone: _Everyone, chosen: Indices, course: Course, others: tuple[int, int]
 ) -> Counts:
-    arm = everyone.arm[chosen]
+    arm, arms = everyone.arm[chosen], len(course.experiment.arms)
     one_arm = everyone.different == 1
     return Counts(
         requests=_by_arm(arm, arms, everyone.requests[chosen]),
@@ -151,7 +223,7 @@ def _counts(
         forced=others[0],
         holdout=others[1],
         two_arms=int(np.sum(~one_arm)),
-        earlier=int(np.sum(one_arm & (everyone.phase != phase))),
+        earlier=int(np.sum(one_arm & (everyone.phase != course.phase))),
     )
 
 

@@ -69,11 +69,7 @@ def _metric(metric: MetricResult, control: str) -> Iterator[RenderableType]:
         (
             each.arm,
             words.gap(each.difference.value if each.difference else None, metric.rate),
-            words.span(each.difference.sequence if each.difference else None, metric.rate),
-            words.p(each.sequence_p),
-            words.span(each.difference.fixed if each.difference else None, metric.rate),
-            words.p(each.fixed_p if each.adjusted_p is None else each.adjusted_p),
-            words.percents(each.relative),
+            *words.tests(each, metric.rate),
             words.remark(each),
         )
         for each in metric.comparisons
@@ -89,11 +85,11 @@ def _metric(metric: MetricResult, control: str) -> Iterator[RenderableType]:
         "",
     )
     yield _table(columns, rows)
+    yield _line(words.corrected(metric))
 
 
 def _pairs(pairs: Pairs) -> Iterator[RenderableType]:
-    told = f"Side by side: {pairs.votes} votes of {pairs.units} units, {pairs.ties} ties"
-    yield _line(told, "bold")
+    yield _line(f"Side by side: {words.voters(pairs)}", "bold")
     rows = [
         (
             each.arm,

@@ -20,6 +20,8 @@ def verdict(ratio: SampleRatio, primary: MetricResult | None, control: str) -> V
         return Verdict("mismatch", MISMATCH)
     if primary is None:
         return Verdict("undeclared", UNDECLARED)
+    if primary.trouble:
+        return Verdict("few", f"Nothing can be compared: {primary.trouble}.")
     ready = [each for each in primary.comparisons if each.too_few is None]
     if not ready:
         whys = "; ".join(f"{each.arm}: {each.too_few}" for each in primary.comparisons)

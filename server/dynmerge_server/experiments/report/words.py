@@ -55,6 +55,35 @@ def percents(estimate: Estimate | None) -> str:
     return f"{estimate.value:+.2%} {span(estimate.sequence, True)} %"
 
 
+def tests(comparison: Comparison, rate: bool) -> tuple[str, str, str, str, str]:
+    """The sequence and its p, the fixed interval and its p, and the relative difference.
+
+    Where there are too few units nothing but the fixed interval is shown, which decides nothing.
+    """
+    found = comparison.difference
+    if found is None:
+        return (NOTHING,) * 5
+    if comparison.too_few:
+        return NOTHING, NOTHING, span(found.fixed, rate), NOTHING, NOTHING
+    fixed_p = comparison.fixed_p if comparison.adjusted_p is None else comparison.adjusted_p
+    return (
+        span(found.sequence, rate),
+        p(comparison.sequence_p),
+        span(found.fixed, rate),
+        p(fixed_p),
+        percents(comparison.relative),
+    )
+
+
+def corrected(metric: MetricResult) -> str:
+    """What intervals and p-values allow for, in a sentence."""
+    shared = "all arms" if metric.role == "primary" else "all exploratory metrics and arms"
+    return (
+        f"Each interval holds with {level(metric)}, so that those of {shared} together hold as the "
+        "experiment asks; p-values allow for that and are to be compared with its alpha."
+    )
+
+
 def p(value: float | None) -> str:
     """A p-value."""
     if value is None:
@@ -108,17 +137,23 @@ def _end(value: float, rate: bool) -> str:
     return f"{100 * value:.2f}" if rate else f"{value:.4g}"
 
 
+def voters(pairs: Pairs) -> str:
+    """How many votes there are, and whose."""
+    told = f"{pairs.votes} votes of {pairs.units} units, {pairs.ties} of them ties"
+    return f"{told}; {pairs.without_unit} named no unit" if pairs.without_unit else told
+
+
 def of_pairs(pairs: Pairs) -> list[str]:
     """What else there is to say of votes."""
     if pairs.trouble:
         return [f"No strengths yet: {pairs.trouble}."]
+    alike = " and take votes as independent: too few units voted to know better."
+    if pairs.without_unit:
+        alike = " and do not allow for votes that named no unit being one person's."
+    elif pairs.clustered:
+        alike = ", and allow for votes of one unit being alike."
     first, ends = pairs.first_shown, pairs.first_shown_interval
     return [
         f"Of equals, the first shown wins {share(first)} of the time, {span(ends, True)} %.",
-        "Strengths are log-odds against the control; intervals hold for one look"
-        + (
-            ", and allow for votes of one unit being alike."
-            if pairs.clustered
-            else " and take votes as independent: too few units voted to know better."
-        ),
+        f"Strengths are log-odds against the control; intervals hold for one look{alike}",
     ]

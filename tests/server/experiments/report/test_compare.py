@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from dynmerge_server.experiments.declaration import Metric
+from dynmerge_server.experiments.report import words
 from dynmerge_server.experiments.report.compare import (
     adjusted,
     compare,
@@ -116,14 +117,71 @@ def test_arms_share_the_primary_metrics_alpha() -> None:
 def test_exploratory_p_values_are_holms() -> None:
     given_table = table(Metric(outcome="liked"), *(rate(n, 1000) for n in (100, 130, 125)))
     (found,) = exploratory_results(given_table, given_table.columns, 0.05)
-    raw = [each.fixed_p for each in found.comparisons]
+    control, *others = (numbers(rate(n, 1000)) for n in (100, 130, 125))
+    raw = [compare("", control, each, 0.05).fixed_p for each in others]
     assert raw[0] is not None
     assert raw[1] is not None
     assert raw[0] < raw[1]
     assert [each.adjusted_p for each in found.comparisons] == pytest.approx(
         [2 * raw[0], max(2 * raw[0], raw[1])]
     )
+    assert [each.fixed_p for each in found.comparisons] == pytest.approx([2 * p for p in raw if p])
     assert adjusted([]) == ()
+
+
+@given(st.lists(st.integers(1000, 1500), min_size=2, max_size=4), st.integers(1, 3))
+@settings(deadline=None)
+def test_p_values_are_below_alpha_where_their_intervals_exclude_0(
+    arms: list[int], metrics: int
+) -> None:
+    ones = table(Metric(outcome="liked"), *(rate(n, 4000) for n in (1200, *arms)))
+    results = [primary_result(ones, ones.columns[0], 0.05)]
+    results += exploratory_results(ones, ones.columns * metrics, 0.05)[:1]
+    for each in (each for result in results for each in result.comparisons):
+        assert each.difference is not None
+        for p, interval in (
+            (each.fixed_p, each.difference.fixed),
+            (each.sequence_p, each.difference.sequence),
+        ):
+            assert p is not None
+            assert 0 <= p <= 1
+            if abs(p - 0.05) > 1e-6:
+                assert (p < 0.05) == interval.excludes_zero
+
+
+def test_where_there_are_too_few_units_no_p_is_told_nor_the_sequence_printed() -> None:
+    for make in (rate(10, 90), np.random.default_rng(0).normal(0, 1, 90)):
+        ones = table(Metric(outcome="liked"), make, make[::-1] + (np.arange(90) % 2) * 0.0)
+        for found in (
+            primary_result(ones, ones.columns[0], 0.05),
+            *exploratory_results(ones, ones.columns, 0.05),
+        ):
+            (each,) = found.comparisons
+            assert each.too_few
+            assert (each.fixed_p, each.adjusted_p, each.sequence_p) == (None, None, None)
+            sequence, p, fixed, fixed_p, relative = words.tests(each, found.rate)
+            assert (sequence, p, fixed_p, relative) == ("-",) * 4
+            assert fixed != "-"
+
+
+def test_words_are_no_numbers_and_that_is_said() -> None:
+    ones = table(Metric(outcome="liked"), np.full(500, np.nan), np.full(500, np.nan))
+    column = replace(ones.columns[0], words=900)
+    said = verdict(FAIR, primary_result(ones, column, 0.05), "A")
+    why = "liked has words as values; a metric needs numbers or booleans"
+    assert (said.decision, said.text) == ("few", f"Nothing can be compared: {why}.")
+    some = replace(column, now=np.arange(1000.0), answered=np.ones(1000, dtype=bool))
+    assert primary_result(ones, some, 0.05).trouble is None
+
+
+def test_of_seconds_the_arm_with_fewer_is_better() -> None:
+    rng = np.random.default_rng(0)
+    for measure in ("latency", "ttft", "error", "empty"):
+        metric = Metric(measure=measure)  # type: ignore[arg-type]
+        numbers_ = [(rng.exponential(mean, 2000) > 2) * 1.0 for mean in (3, 1)]
+        ones = table(metric, *numbers_)
+        said = verdict(FAIR, primary_result(ones, ones.columns[0], 0.05), "A")
+        assert (said.better, said.worse) == (("B",), ())
 
 
 def test_the_verdict_names_arms_that_the_sequence_shows() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from dynmerge_server.experiments.report import words
 from dynmerge_server.experiments.report.pairs import APART, NEVER, ONE_SIDED, TIED, Vote, pairs
 from dynmerge_server.experiments.report.results import Pairs
 
@@ -79,6 +80,23 @@ def test_votes_of_one_unit_do_not_count_as_many() -> None:
     assert ten.interval.low is not None
     wider = (ten.interval.high - ten.interval.low) / (one.interval.high - one.interval.low)
     assert wider == pytest.approx(np.sqrt(10), rel=0.3)
+
+
+def test_votes_that_name_no_unit_are_counted_and_not_called_independent() -> None:
+    """They may be 40 votes of one person."""
+    rng = np.random.default_rng(4)
+    named = votes(rng, 100, {"A": 0.0, "B": 0.5})
+    nameless: list[Vote] = [(*vote[:3], "") for vote in votes(rng, 40, {"A": 0.0, "B": 0.5})]
+    some, none = found(named + nameless, ("A", "B")), found(nameless, ("A", "B"))
+    assert (some.votes, some.units, some.without_unit) == (140, 100, 40)
+    assert (none.votes, none.units, none.without_unit) == (40, 0, 40)
+    assert found(named, ("A", "B")).clustered
+    assert not some.clustered
+    assert not none.clustered
+    for each in (some, none):
+        assert "40 named no unit" in words.voters(each)
+        assert "being one person's" in words.of_pairs(each)[1]
+    assert "named no unit" not in words.voters(found(named, ("A", "B")))
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:

@@ -3,22 +3,32 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dynmerge.errors import ConfigError, UnknownExperiment
+from dynmerge_server.experiments.records import Exposure, Finish, Outcome
+from dynmerge_server.experiments.report.guardrails import guardrail_states
 from dynmerge_server.experiments.report.report import Report, report, report_of
+from dynmerge_server.experiments.report.results import GuardrailState
+from dynmerge_server.experiments.report.source import course_of
 from tests.server.experiments.report.log_factory import BEGAN, DAY, LogFile, run_experiment
 
 TONE: dict[str, Any] = {
     "arms": {"A": {}, "B": {"preset": "law"}, "C": {"method": "ties"}},
     "primary": {"outcome": "liked"},
-    "metrics": [{"measure": "tokens", "better": "higher"}, {"measure": "latency", "better": "lower"}],
-    "guardrails": [{"metric": {"measure": "error", "better": "lower"}, "at_most": 0.05}],
+    "metrics": [
+        {"measure": "tokens", "better": "higher"},
+        {"measure": "latency"},
+    ],
+    "guardrails": [{"metric": {"measure": "error"}, "at_most": 0.05}],
     "plan": {"units": 6000, "effect": 0.05},
 }
 
@@ -110,6 +120,108 @@ def test_a_mismatch_withholds_every_difference(log: LogFile) -> None:
     assert found.units[1] < found.units[0]  # how many there are is shown
 
 
+def states_of(log: LogFile) -> tuple[GuardrailState, ...]:
+    with closing(log.open()) as connection:
+        return guardrail_states(connection, course_of(connection, "tone"))
+
+
+def test_a_mismatch_hides_how_arms_do_by_guardrails_on_the_primary_metric(log: LogFile) -> None:
+    rail = {"metric": {"outcome": "liked", "over": 0.5}, "at_least": 0.4}
+    declared = {
+        "weights": {"A": 2, "B": 1, "C": 1},
+        "guardrails": [rail, *TONE["guardrails"]],
+    }
+    course = log.declare("tone", {**TONE, **declared})
+    run_experiment(log, 2000, {"A": 0.3, "B": 0.9, "C": 0.3}, np.random.default_rng(0))
+    reason = states_of(log)[0].text
+    assert "surely below" in reason
+    stopped = replace(course.experiment, state="stopped")
+    log.add([course.changed(stopped, BEGAN + DAY, "guardrail", reason)])
+    found = report_of(log.path, "tone")
+    assert found.sample_ratio.red
+    hidden = found.guardrails[:3]
+    assert {each.metric for each in hidden} == {"liked over 0.5"}
+    assert [each.state for each in hidden] == ["broken", "ok", "broken"]
+    assert {(each.value, each.bound) for each in hidden} == {(None, None)}
+    assert "broken; by how much is not shown" in hidden[0].text
+    assert found.history[-1].reason == "liked over 0.5 in A, at least 0.4: broken"
+    assert [each.value for each in found.guardrails[3:]] == [0, 0, 0]
+
+
+def test_the_time_before_one_started_by_hand_does_not_take_its_effect_away(log: LogFile) -> None:
+    """Had it been the time up to the start that was planned, treated requests would be in it."""
+    start = datetime.fromtimestamp(BEGAN + 30 * DAY, timezone.utc).isoformat()
+    primary = {"measure": "tokens", "better": "higher"}
+    arms = {"A": {}, "B": {"preset": "law"}}
+    course = log.declare("tone", {"arms": arms, "primary": primary, "start": start})
+    rng = np.random.default_rng(0)
+    records: list[Exposure] = []
+    ends: list[Finish] = []
+    usual = rng.normal(500, 100, 600)
+    for index, tokens in enumerate(usual):
+        mine = "AB"[index % 2]
+        for day, arm in ((0.5, None), (2, mine), (3, mine)):
+            name, kind = f"{index}-{day}", "assigned" if arm else "outside"
+            where = (kind, "", "", "", "tone" if arm else None, arm)
+            records.append(Exposure(name, name, BEGAN + day * DAY, f"u{index}", *where))  # type: ignore[arg-type]
+            count = round(tokens + 40 * (arm == "B") + rng.normal(0, 20))
+            ends.append(Finish(name, 200, "hit", completion_tokens=count))
+    log.add(records, ends)
+    log.change(course, BEGAN + DAY, "at once", start=None)
+    found = report_of(log.path, "tone")
+    assert found.began == BEGAN + DAY
+    (each,) = found.metrics[0].comparisons
+    assert each.difference is not None
+    fixed = each.difference.fixed
+    assert fixed.low is not None
+    assert fixed.high is not None
+    assert fixed.low < 40 < fixed.high
+    assert each.variance_removed is not None
+    assert each.variance_removed > 0.8
+    plain = stats.ttest_ind(usual[1::2] + 40, usual[::2], equal_var=False).confidence_interval()
+    assert fixed.high - fixed.low < 0.5 * (plain.high - plain.low)
+    assert found.verdict.better == ("B",)
+
+
+def test_one_that_has_not_begun_says_so(log: LogFile) -> None:
+    log.declare("tone", {**TONE, "state": "draft"})
+    assert report_of(log.path, "tone").json()["began"] is None
+
+
+def test_an_arm_that_does_not_mean_one_thing_is_noted(log: LogFile) -> None:
+    log.declare("tone", TONE)
+    log.expose("u", "B", BEGAN + 1)
+    log.expose("u", "B", BEGAN + DAY, merge_id="n")
+    log.expose("v", "B", BEGAN + 2 * DAY, merge_id="n")
+    log.expose("w", "A", BEGAN + DAY, merge_id="n")
+    (told,) = [each for each in report_of(log.path, "tone").notes if "merges" in each]
+    assert told.startswith(
+        "B was served with 2 different merges: since 2027-01-16 08:00 UTC, 2 requests were not"
+    )
+
+
+def test_a_primary_metric_of_words_is_said_to_be_none(log: LogFile) -> None:
+    log.declare("tone", TONE)
+    for index in range(9):
+        asked = log.expose(f"u{index}", "ABC"[index % 3])
+        said = Outcome(f"o{index}", asked.request_id, BEGAN, "liked", "CATEGORICAL", category="a")
+        log.add((), (), [(said, asked.id)])
+    found = report_of(log.path, "tone")
+    assert "liked has words as values; a metric needs numbers or booleans" in found.verdict.text
+    assert any("9 values of liked are words" in each for each in found.notes)
+
+
+def test_votes_of_nobody_are_noted(log: LogFile) -> None:
+    log.declare("tone", TONE)
+    for said in ("first", "second", "tie"):
+        log.pair(("A", "B"), said, "")
+    log.pair(("B", "A"), "first", "u")
+    found = report_of(log.path, "tone")
+    assert found.pairs is not None
+    assert (found.pairs.units, found.pairs.without_unit) == (1, 3)
+    assert any("3 of 4 votes named no unit; they may be one" in each for each in found.notes)
+
+
 def test_an_experiment_that_just_began_is_reported(log: LogFile) -> None:
     log.declare("tone", TONE)
     found = report_of(log.path, "tone")
@@ -182,8 +294,6 @@ def test_votes_on_pairs_have_a_part_of_their_own(log: LogFile) -> None:
 
 
 def test_the_last_vote_on_a_pair_counts(log: LogFile) -> None:
-    from dynmerge_server.experiments.records import Outcome
-
     log.declare("tone", TONE)
     log.pair(("A", "B"), "first", "")
     again = Outcome("again", "p1", BEGAN + 9, "vote", "CATEGORICAL", category="second")

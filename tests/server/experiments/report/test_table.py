@@ -1,5 +1,6 @@
 """Which units are compared, and which number each of them has, from a log as servers write it."""
 
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 
 from dynmerge_server.experiments.declaration import Metric, metrics_of
-from dynmerge_server.experiments.report.table import Table, compared, guarded
+from dynmerge_server.experiments.records import Outcome
+from dynmerge_server.experiments.report.table import Changed, Table, compared, guarded
 from tests.server.experiments.report.log_factory import BEGAN, DAY, LogFile
 
 ARMS = {"arms": {"A": {}, "B": {"preset": "law"}}}
 LIKED = Metric(outcome="liked")
+TOKENS = Metric(measure="tokens", better="higher")
+NOW = BEGAN + 100 * DAY
 
 
 @pytest.fixture
@@ -22,7 +26,7 @@ def log(tmp_path: Path) -> LogFile:
 def table_of(log: LogFile, *metrics: Metric, **more: Any) -> Table:
     course = log.declare("tone", {**ARMS, **more})
     with log.open() as connection:
-        found = compared(connection, course, metrics or (LIKED,))
+        found = compared(connection, course, metrics or (LIKED,), NOW)
     connection.close()
     return found
 
@@ -65,7 +69,7 @@ def test_units_that_came_before_the_weights_changed_are_left_out(log: LogFile) -
     log.expose("old", "A", BEGAN + DAY + 1)
     log.expose("new", "B", BEGAN + DAY + 2, phase=1)
     connection = log.open()
-    found = compared(connection, course, ())
+    found = compared(connection, course, (), NOW)
     connection.close()
     assert found.units == (0, 1)
     assert found.counts.earlier == 1
@@ -81,7 +85,10 @@ def test_units_that_came_before_the_weights_changed_are_left_out(log: LogFile) -
         (Metric(outcome="liked", over=2, per_unit="sum"), [1.0, 0.0, 0.0]),
         (Metric(outcome="liked", over=2, per_unit="any"), [1.0, 0.0, 0.0]),
         (Metric(measure="tokens", better="higher"), [6.0, 3.0, 10.0]),
-        (Metric(measure="tokens", better="higher", per_unit="sum"), [12.0, 3.0, 10.0]),
+        (
+            Metric(measure="tokens", better="higher", per_unit="sum"),
+            [12.0, 3.0, 10.0],
+        ),
         (Metric(measure="tokens", better="higher", over=5), [0.5, 0.0, 1.0]),
         (Metric(measure="error"), [0.5, 0.0, 0.0]),
         (Metric(measure="empty", per_unit="any"), [0.0, 1.0, 0.0]),
@@ -116,14 +123,18 @@ def test_times_of_requests_that_waited_for_their_merge_are_for_guardrails_only(
     for cache, seconds in (("hit", 1.0), ("stored", 10.0), ("collapsed", 100.0), (None, 1000.0)):
         log.expose("u", "A", cache=cache, ttft=seconds)
     connection = log.open()
-    assert list(compared(connection, course, [metric]).columns[0].now) == [1001.0]
+    assert list(compared(connection, course, [metric], NOW).columns[0].now) == [1001.0]
     assert list(guarded(connection, course, [metric]).columns[0].now) == [1111.0]
-    assert compared(connection, course, [metric]).counts.cold == (2, 0)
+    assert compared(connection, course, [metric], NOW).counts.cold == (2, 0)
     connection.close()
 
 
 def test_the_time_before_is_what_was_known_when_the_experiment_began(log: LogFile) -> None:
-    metrics = Metric(measure="tokens", better="higher"), LIKED, Metric(outcome="liked", per_unit="sum")
+    metrics = (
+        Metric(measure="tokens", better="higher"),
+        LIKED,
+        Metric(outcome="liked", per_unit="sum"),
+    )
     before = log.expose(
         "u", None, BEGAN - DAY, kind="outside", experiment=None, completion_tokens=7
     )
@@ -146,15 +157,75 @@ def test_an_experiment_begins_when_it_first_runs(log: LogFile) -> None:
     course = log.change(course, BEGAN, state="running")
     log.expose("u", "A", BEGAN + 1, completion_tokens=9)
     connection = log.open()
-    (column,) = compared(connection, course, [Metric(measure="tokens", better="higher")]).columns
+    (column,) = compared(connection, course, [TOKENS], NOW).columns
     connection.close()
     assert list(column.before) == [7]
+
+
+def test_one_started_by_hand_before_its_time_begins_then(log: LogFile) -> None:
+    """What was served since is no time before, though the first revision names a later start."""
+    later = datetime.fromtimestamp(BEGAN + 10 * DAY, timezone.utc).isoformat()
+    course = log.declare("tone", {**ARMS, "start": later})
+    connection = log.open()
+    assert compared(connection, course, [TOKENS], BEGAN + 1).units == (0, 0)
+    log.expose("u", None, BEGAN + 1, kind="outside", experiment=None, completion_tokens=7)
+    course = log.change(course, BEGAN + DAY, "now", start=None)
+    for day in (2, 3):
+        log.expose("u", "A", BEGAN + day * DAY, completion_tokens=900)
+        log.expose("v", "B", BEGAN + day * DAY, completion_tokens=900)
+    (column,) = compared(connection, course, [TOKENS], NOW).columns
+    connection.close()
+    np.testing.assert_array_equal(column.before, [7, np.nan])
+    np.testing.assert_array_equal(column.now, [900, 900])
+
+
+def test_guardrails_do_not_ask_for_what_is_no_part_of_them(log: LogFile) -> None:
+    course = log.declare("tone", {**ARMS, "primary": {"outcome": "liked"}})
+    log.expose("u", "A")
+    log.expose("v", "B", status=500)
+    log.expose("w", "B", kind="forced")
+    asked: list[str] = []
+    connection = log.open()
+    connection.set_trace_callback(asked.append)
+    found = guarded(connection, course, [Metric(measure="error")])
+    assert (found.units, list(found.columns[0].now)) == ((1, 1), [0, 1])
+    (only,) = asked
+    assert "ttft" not in only
+    assert "completion_tokens" not in only
+    asked.clear()
+    guarded(connection, course, [Metric(measure="error"), LIKED])
+    assert len(asked) == 2
+    connection.close()
+
+
+def test_values_that_are_words_are_counted(log: LogFile) -> None:
+    exposure = log.expose("u", "A")
+    for name in ("liked", "mood"):
+        said = Outcome(name, exposure.request_id, BEGAN + 2, name, "CATEGORICAL", category="yes")
+        log.add((), (), [(said, exposure.id)])
+    liked, tokens = table_of(log, LIKED, TOKENS).columns
+    assert (liked.words, tokens.words) == (1, 0)
+    assert not liked.answered.any()
+
+
+def test_an_arm_whose_merge_changed_is_known_by_how_many_requests_and_since_when(
+    log: LogFile,
+) -> None:
+    log.expose("u", "A", BEGAN + 1)
+    log.expose("u", "A", BEGAN + 20, merge_id="n")
+    log.expose("v", "A", BEGAN + 10, method="ties")
+    log.expose("v", "A", BEGAN + 30, preference="law")
+    log.expose("w", "B", BEGAN + 2)
+    for arm in "AB":  # not compared
+        log.expose("both", arm, BEGAN + 3, merge_id="other")
+    log.expose("x", "B", BEGAN + 3, merge_id="other", kind="forced")
+    assert table_of(log).changed == (Changed("A", 4, 3, BEGAN + 10),)
 
 
 def test_an_experiment_that_nobody_saw_has_an_empty_table(log: LogFile) -> None:
     course = log.declare("tone", {**ARMS, "primary": {"outcome": "liked"}})
     connection = log.open()
-    found = compared(connection, course, metrics_of(course.experiment))
+    found = compared(connection, course, metrics_of(course.experiment), NOW)
     connection.close()
     assert found.units == (0, 0)
     assert len(found.columns[0].now) == 0
