@@ -319,6 +319,13 @@ def test_arms_of_different_methods_are_no_points_of_one_surface(log: Simulated) 
     refused(log, match=r"different methods: linear \(tone/a\), ties \(tone/d\)")
 
 
+def test_arms_that_lost_units_are_not_ranked(log: Simulated) -> None:
+    """As its report shows no difference then, and names no best."""
+    log.run("tone", CORNERS, 100)
+    log.serve("tone", "a", str(Preference.parse(CORNERS["a"])), 100)
+    refused(log, match="experiment tone has a sample ratio mismatch.*a 200 of 125.0.*be ranked")
+
+
 def test_a_metric_that_is_always_the_same_teaches_nothing(log: Simulated) -> None:
     log.run("tone", CORNERS, 5, primary=Metric("score", over=1e9))
     refused(log, match=r"score over 1e\+09 is 0 for every unit of every arm")

@@ -14,7 +14,7 @@ from dynmerge_server.experiments.report.pairs import pairs
 from dynmerge_server.experiments.report.power import Run, plan
 from dynmerge_server.experiments.report.report import Report
 from dynmerge_server.experiments.report.results import MetricResult, Power
-from dynmerge_server.experiments.report.samples import samples
+from dynmerge_server.experiments.report.samples import MIN_UNITS, samples
 from dynmerge_server.experiments.report.source import votes_of
 from dynmerge_server.experiments.report.srm import sample_ratio
 from dynmerge_server.experiments.report.table import Column, Table, compared
@@ -67,7 +67,9 @@ def _metrics(
 
 
 def _power(experiment: Experiment, table: Table, column: Column) -> tuple[Power, ...]:
-    """Of each arm against the control, by how units of the control vary."""
+    """Of each arm against the control, by how units of the control vary; not of arms so small that
+    nothing is decided of them.
+    """
     known = samples(table, column)[table.control]
     if known is None or known.variance == 0:
         return ()
@@ -86,5 +88,5 @@ def _power(experiment: Experiment, table: Table, column: Column) -> tuple[Power,
             planned is not None,
         )
         for index, name in enumerate(table.arms)
-        if index != table.control and min(units[table.control], units[index]) >= 2
+        if index != table.control and min(units[table.control], units[index]) >= MIN_UNITS
     )

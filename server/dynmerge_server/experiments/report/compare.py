@@ -29,6 +29,8 @@ from dynmerge_server.experiments.report.table import Column, Table
 
 MIN_BEFORE = 100  # units of two arms with a time before, for it to be taken into account
 FAR = 3.0  # standard errors that a mean is above 0 for a ratio to it to mean anything
+FINEST = 1e9  # and beyond which a ratio has no digits left for its interval
+LEAST_LEFT = 1e-9  # of the variance, for the time before to have explained the rest
 ONE_ERROR = 2 * float(stats.norm.cdf(1)) - 1  # of a normal distribution, within a standard error
 
 Pair = tuple[Sample, Sample]  # the control, and another arm
@@ -171,16 +173,25 @@ def _mean(
 
 
 def _covariate(pair: Pair) -> str | None:
+    """What the time before is called where it is of use: known of many, and not the same again."""
     enough = sum(each.with_before for each in pair) >= MIN_BEFORE
-    return "before" if enough and any(each.data.var("before") for each in pair) else None
+    before = sum(each.data.var("before") for each in pair)
+    if not enough or not before:
+        return None
+    slope = sum(each.data.cov("now", "before") for each in pair) / before
+    left = sum(each.variance for each in pair) - slope**2 * before
+    return "before" if left > LEAST_LEFT * sum(each.variance for each in pair) else None
 
 
 def _absolute(pair: Pair, covariate: str | None, alpha: float) -> tuple[MeanResult, float]:
     """The difference by Welch's test, and its standard error.
 
-    Both means are lifted well above 0, as tea-tasting divides by them; a difference stays.
+    Both means are moved to somewhat above 0, as tea-tasting divides by them; a difference stays,
+    and so do its digits where means are large beside it.
     """
-    lift = sum(abs(each.mean) + 3 * each.variance**0.5 for each in pair)
+    control, arm = pair
+    apart = abs(arm.mean - control.mean) + sum(each.variance**0.5 for each in pair)
+    lift = 3 * apart - control.mean
     lifted = [_lifted(each.data, lift) for each in pair]
     found = Mean("now", covariate, confidence_level=1 - alpha, equal_var=False, use_t=True)
     near = Mean("now", covariate, confidence_level=ONE_ERROR, equal_var=False, use_t=False)
@@ -203,7 +214,7 @@ def _estimate(found: MeanResult, error: float, units: int, alpha: float) -> Esti
 
 def _relative(pair: Pair, covariate: str | None, units: int, alpha: float) -> Estimate | None:
     """On the logarithm of the ratio, for both intervals."""
-    if any(each.mean <= FAR * each.error for each in pair):
+    if any(not FAR * each.error < each.mean < FINEST * each.error for each in pair):
         return None
     data = [each.data for each in pair]
     found = Mean("now", covariate, confidence_level=1 - alpha, equal_var=False, use_t=True)

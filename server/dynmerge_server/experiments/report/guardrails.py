@@ -93,15 +93,18 @@ def check(
     return tuple(_state(table, columns[rail.metric.name], rail, arm, level) for rail, arm in asked)
 
 
-def surely(numbers: Floats, side: int, alpha: float) -> float | None:
+def surely(metric: Metric, numbers: Floats, side: int, alpha: float) -> float | None:
     """What the mean is not below (side 1) or not above (-1); None where that is not known yet.
 
-    It is wrong at most `alpha` of the time, at every look.
+    It is wrong at most `alpha` of the time, at every look: of shares always, of other numbers where
+    many units' mean is nearly normal.
     """
     units = len(numbers)
     if units < MIN_UNITS:
         return None
     if _are_shares(numbers):
+        if side < 0 and not numbers.any() and not _is_share(metric):
+            return None  # all are 0: who knows of how much they are when they are not
         return (least if side > 0 else most)(_rate(numbers), alpha)
     variance = _variance(numbers)
     if variance is None:
@@ -137,7 +140,7 @@ def _state(table: Table, column: Column, rail: Guardrail, arm: int, alpha: float
     numbers = _numbers(table, column, arm)
     if rail.worse_by is None:
         units, value = len(numbers), _mean(numbers)
-        bound = surely(numbers, rule.side, alpha)
+        bound = surely(rail.metric, numbers, rule.side, alpha)
     else:
         pair = numbers, _numbers(table, column, table.control)
         worse, other = pair if rail.metric.better == "lower" else pair[::-1]
@@ -173,6 +176,12 @@ def _are_shares(numbers: Floats) -> bool:
     if numbers.min() < 0 or numbers.max() > 1:
         return False
     return bool(((numbers == 0) | (numbers == 1)).mean() >= SHARES)
+
+
+def _is_share(metric: Metric) -> bool:
+    """Whether no unit can have more than 1."""
+    yes_or_no = metric.over is not None or metric.measure in ("error", "empty")
+    return metric.per_unit == "any" or (yes_or_no and metric.per_unit == "mean")
 
 
 def _rate(numbers: Floats) -> Rate:

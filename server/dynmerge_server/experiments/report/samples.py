@@ -10,7 +10,7 @@ from dynmerge_server.experiments.report.source import Floats
 from dynmerge_server.experiments.report.table import Column, Table
 
 MIN_UNITS = 100  # of an arm, before what holds of large numbers is taken to hold
-LARGEST = 1e100  # numbers beyond which sums of squares have no end
+LARGEST = 1e50  # numbers beyond which products of them have no end
 MIN_EACH = 5  # units with 0 and with 1, of an arm and a rate
 
 

@@ -25,7 +25,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     log = LogFile(tmp_path_factory.mktemp("log") / "log.db")
-    metrics = [{"outcome": EVIL}, {"measure": "latency"}]
+    metrics = [{"outcome": "other"}, {"measure": "latency"}]
     course = log.declare("tone", {**TONE, "metrics": metrics})
     log.change(course, BEGAN + DAY, EVIL, traffic=0.5)
     run_experiment(log, 3000, {"A": 0.3, "B": 0.45, "C": 0.3}, np.random.default_rng(0))

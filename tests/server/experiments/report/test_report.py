@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -150,26 +151,27 @@ def test_a_mismatch_hides_how_arms_do_by_guardrails_on_the_primary_metric(log: L
 
 def test_the_time_before_one_started_by_hand_does_not_take_its_effect_away(log: LogFile) -> None:
     """Had it been the time up to the start that was planned, treated requests would be in it."""
-    start = datetime.fromtimestamp(BEGAN + 30 * DAY, timezone.utc).isoformat()
+    began = time.time() - 10 * DAY
+    start = datetime.fromtimestamp(began + 9 * DAY, timezone.utc).isoformat()
     primary = {"measure": "tokens", "better": "higher"}
     arms = {"A": {}, "B": {"preset": "law"}}
-    course = log.declare("tone", {"arms": arms, "primary": primary, "start": start})
+    course = log.declare("tone", {"arms": arms, "primary": primary, "start": start}, began - DAY)
     rng = np.random.default_rng(0)
     records: list[Exposure] = []
     ends: list[Finish] = []
     usual = rng.normal(500, 100, 600)
     for index, tokens in enumerate(usual):
         mine = "AB"[index % 2]
-        for day, arm in ((0.5, None), (2, mine), (3, mine)):
-            name, kind = f"{index}-{day}", "assigned" if arm else "outside"
+        for day, arm in ((-0.5, None), (2, mine), (3, mine)):
+            name, kind = f"{index} on {day}", "assigned" if arm else "outside"
             where = (kind, "", "", "", "tone" if arm else None, arm)
-            records.append(Exposure(name, name, BEGAN + day * DAY, f"u{index}", *where))  # type: ignore[arg-type]
+            records.append(Exposure(name, name, began + day * DAY, f"u{index}", *where))  # type: ignore[arg-type]
             count = round(tokens + 40 * (arm == "B") + rng.normal(0, 20))
             ends.append(Finish(name, 200, "hit", completion_tokens=count))
     log.add(records, ends)
-    log.change(course, BEGAN + DAY, "at once", start=None)
+    log.change(course, began, "at once", start=None)
     found = report_of(log.path, "tone")
-    assert found.began == BEGAN + DAY
+    assert found.began == began
     (each,) = found.metrics[0].comparisons
     assert each.difference is not None
     fixed = each.difference.fixed
