@@ -22,9 +22,9 @@ from dynmerge_server.errors import INTERNAL
 from dynmerge_server.errors import body as error_body
 from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.entry import PAIR, Half
+from dynmerge_server.experiments.records import POSITIONS
 from dynmerge_server.preferences import EXPERIMENT_HEADER
 
-POSITIONS = ("first", "second")
 OURS = ("arms", "reveal")  # of the body; the rest is the request
 FAILED = 'one of the two answers failed; with "reveal": true the error says which, and why'
 _DRAWN = random.SystemRandom()

@@ -11,7 +11,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from dynmerge.errors import ExperimentError
+from dynmerge.errors import ExperimentError, UnknownExperiment
 from dynmerge_server.experiments.declaration import Experiment
 from dynmerge_server.experiments.records import Revision
 
@@ -81,6 +81,14 @@ class Course:
             _check_kept(old, new)
             phase += old.weights != new.weights
         return Revision(old.name, self.last.number + 1, phase, time, source, _text(new), reason)
+
+
+def course_named(courses: Mapping[str, Course], name: str) -> Course:
+    """One of them. Raises UnknownExperiment naming those there are."""
+    if name not in courses:
+        known = ", ".join(courses) or "none"
+        raise UnknownExperiment(f"no experiment named {name[:80]!r} (known: {known})")
+    return courses[name]
 
 
 def first(experiment: Experiment, time: float, source: str) -> Revision:

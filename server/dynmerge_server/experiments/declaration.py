@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, Va
 
 from dynmerge.errors import ExperimentError
 from dynmerge_server.config import explain
+from dynmerge_server.experiments.records import OUTCOME_NAME
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 ARM_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -25,7 +26,7 @@ Number = Annotated[float, Strict()]  # neither true nor "0.5"
 Share = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-OutcomeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]  # as feedback takes it
+OutcomeName = Annotated[str, Field(pattern=OUTCOME_NAME)]
 State = Literal["draft", "running", "paused", "stopped"]
 # What is known of every request without anybody's feedback; seconds, tokens, or 1 for yes.
 Measure = Literal["error", "empty", "ttft", "latency", "tokens"]

@@ -23,12 +23,10 @@ from pydantic import (
 from starlette.responses import JSONResponse, Response
 
 from dynmerge_server.experiments.log import Log
-from dynmerge_server.experiments.records import DataType, Outcome
+from dynmerge_server.experiments.records import OUTCOME_NAME, VOTE, VOTES, DataType, Outcome
 from dynmerge_server.json_body import validate
 
 MAX_CATEGORY = 256
-NAME = r"^[A-Za-z0-9_.:-]{1,64}$"
-VOTE, VOTES = "vote", ("first", "second", "tie")  # on two answers, by their position
 PREFIXES = ("chatcmpl-", "cmpl-")  # of a reply's `id`, before what X-Request-Id has
 
 STATUS = {"stored": 200, "again": 200, "queued": 202}
@@ -42,7 +40,7 @@ class Feedback(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     request_id: Annotated[Text, Field(max_length=256)]
-    name: Annotated[StrictStr, Field(pattern=NAME)]
+    name: Annotated[StrictStr, Field(pattern=OUTCOME_NAME)]
     value: StrictBool | StrictInt | StrictFloat | Annotated[Text, Field(max_length=MAX_CATEGORY)]
     data_type: Literal["NUMERIC", "BOOLEAN", "CATEGORICAL"] | None = None  # by the value's type
     comment: Annotated[StrictStr, Field(max_length=4096)] | None = None

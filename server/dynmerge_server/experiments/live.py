@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dynmerge.errors import ExperimentError, UnknownExperiment
+from dynmerge.errors import ExperimentError
 from dynmerge_server.experiments.assignment import arm_of
-from dynmerge_server.experiments.course import Course, first, patched, with_state
+from dynmerge_server.experiments.course import Course, course_named, first, patched, with_state
 from dynmerge_server.experiments.declaration import Experiment, State, UnitSource, check_apart
 from dynmerge_server.experiments.log import Log
 from dynmerge_server.experiments.records import Kind, Revision
@@ -98,11 +98,7 @@ class Experiments:
 
     def course(self, name: str) -> Course:
         """One experiment's. Raises UnknownExperiment."""
-        found = self.courses.get(name)
-        if found is None:
-            known = ", ".join(self.courses) or "none"
-            raise UnknownExperiment(f"no experiment named {name[:80]!r} (known: {known})")
-        return found
+        return course_named(self.courses, name)
 
     def fail(self, name: str, bank: str, reason: str) -> None:
         """Give no arms of an experiment while that bank is served, as one cannot be."""

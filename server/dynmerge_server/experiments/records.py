@@ -9,6 +9,11 @@ from typing import Literal
 Kind = Literal["assigned", "flagged", "forced", "holdout", "pair", "outside"]
 DataType = Literal["NUMERIC", "BOOLEAN", "CATEGORICAL"]
 
+OUTCOME_NAME = r"^[A-Za-z0-9_.:-]{1,64}$"
+POSITIONS = ("first", "second")  # of two answers to one prompt
+TIE = "tie"
+VOTE, VOTES = "vote", (*POSITIONS, TIE)  # the outcome that is a vote on them, and its categories
+
 
 @dataclass(frozen=True, slots=True)
 class Revision:

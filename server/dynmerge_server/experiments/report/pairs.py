@@ -14,12 +14,13 @@ from scipy.special import expit
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
 
+from dynmerge_server.experiments.records import POSITIONS, TIE
 from dynmerge_server.experiments.report.results import Interval, Pairs, Strength
 from dynmerge_server.experiments.report.source import Floats
 
 Vote = tuple[str, str, str, str]  # the first arm, the second, what was voted, the unit or ""
 
-POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
+POINTS = dict(zip(POSITIONS, (1.0, 0.0), strict=True)) | {TIE: 0.5}  # of the first shown
 MIN_UNITS = 10  # for intervals that allow for votes of one unit being alike
 
 NEVER = "the control was in no comparison yet"
@@ -107,7 +108,7 @@ def pairs(given: Sequence[Vote], arms: Sequence[str], control: str, alpha: float
     bias = fit.terms[-1] if fit else None
     return Pairs(
         len(votes.points),
-        int(np.sum(votes.points == POINTS["tie"])),
+        int(np.sum(votes.points == POINTS[TIE])),
         votes.named,
         votes.without_unit,
         tuple(
@@ -136,7 +137,7 @@ def _trouble(design: Floats, points: Floats) -> str | None:
         return APART
     # One-sided: some direction makes no vote less likely, and one more (Albert and Anderson 1984).
     signed = terms * np.sign(said - 0.5)[:, None]
-    decided = said != POINTS["tie"]
+    decided = said != POINTS[TIE]
     if not decided.any():
         return TIED
     found = linprog(

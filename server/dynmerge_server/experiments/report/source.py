@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmerge.errors import UnknownExperiment
-from dynmerge_server.experiments.course import Course
+from dynmerge_server.experiments.course import Course, course_named
 from dynmerge_server.experiments.declaration import Metric
 from dynmerge_server.experiments.records import Revision
 from dynmerge_server.experiments.rows import REVISIONS
@@ -84,11 +83,7 @@ def courses(connection: sqlite3.Connection) -> dict[str, Course]:
 
 def course_of(connection: sqlite3.Connection, name: str) -> Course:
     """One experiment. Raises UnknownExperiment naming those that the log has."""
-    known = courses(connection)
-    if name not in known:
-        listed = ", ".join(known) or "none"
-        raise UnknownExperiment(f"no experiment named {name[:80]!r} (known: {listed})")
-    return known[name]
+    return course_named(courses(connection), name)
 
 
 def units_of(
