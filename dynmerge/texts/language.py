@@ -1,13 +1,12 @@
 """Examples for language models: answers, labels and plain texts as what a model must predict."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynmerge.errors import ExamplesError
 from dynmerge.texts.passages import Passage, Passages
-from dynmerge.texts.rows import Row, check_labels, check_rows, read_texts
+from dynmerge.texts.rows import Row, check_labels, check_rows
 from dynmerge.texts.turns import Turns
 
 MAX_TOKENS = 512
@@ -97,17 +96,6 @@ class Texts(Passages):
         if len(tokens) < 2:
             raise ExamplesError(f"{row.place}: a text of fewer than two tokens predicts nothing")
         return Passage(tuple(tokens[:-1]), tuple(tokens[1:]))
-
-
-def load_examples(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    labels: Sequence[str] | None = None,
-    max_tokens: int = MAX_TOKENS,
-) -> Passages:
-    """The examples of a file: see `read_texts` and `examples_of`."""
-    return examples_of(model, tokenizer, read_texts(path), labels, max_tokens)
 
 
 def examples_of(

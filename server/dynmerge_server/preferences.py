@@ -103,11 +103,6 @@ class Preferences:
         """The digest of the bank that is served."""
         return self._offer.outline.digest
 
-    def resolve(self, headers: Headers, wish: Wish, model: str | None) -> tuple[Recipe, str]:
-        """The recipe, and which level chose the preference. Raises RequestError for any mistake."""
-        said = self.read(headers, wish, model)
-        return self.recipe(said), said.source
-
     def read(self, headers: Headers, wish: Wish, model: str | None) -> Said:
         """What a request says, every level of it. Raises RequestError for any mistake."""
         levels: dict[str, Preference | None] = {

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import httpx
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from dynmerge.errors import ConfigError, MethodError, RequestError
+from dynmerge.recipe import Recipe
 from dynmerge.runtime import Runtime
 from dynmerge_server.app import create_app
 from dynmerge_server.config import ServerConfig
@@ -19,6 +21,16 @@ HEADER = "X-Dynmerge-Preference"
 
 def resolver(runtime: Runtime, config: ServerConfig) -> Preferences:
     return Preferences(runtime.offer, Models.of(runtime.offer, config, 512), config)
+
+
+def resolving(preferences: Preferences) -> Callable[..., tuple[Recipe, str]]:
+    """From a request that no experiment sees to its recipe, and who chose the preference."""
+
+    def resolve(headers: Headers, wish: Wish, model: str | None) -> tuple[Recipe, str]:
+        said = preferences.read(headers, wish, model)
+        return preferences.recipe(said), said.source
+
+    return resolve
 
 
 # Each way of saying: seven tenths ada, three tenths bob.
@@ -89,7 +101,7 @@ async def test_a_skill_as_model_is_that_skill_alone(client: httpx.AsyncClient) -
 def test_the_method_has_the_same_precedence_of_its_own(
     runtime: Runtime, config: ServerConfig
 ) -> None:
-    resolve = resolver(runtime, config).resolve
+    resolve = resolving(resolver(runtime, config))
     headers = Headers({"X-Dynmerge-Method": "linear;scale=0.5"})
     recipe, source = resolve(headers, Wish({"ada": 1}, method="linear;scale=2"), None)
     assert (str(recipe.method), source) == ("linear;p=1;scale=0.5", "body")
@@ -99,7 +111,7 @@ def test_the_method_has_the_same_precedence_of_its_own(
 
 def test_the_servers_defaults_serve_where_nobody_chose(runtime: Runtime) -> None:
     config = ServerConfig(default_preference="bob=0.25, ada=0.75", default_method="linear;scale=3")
-    recipe, source = resolver(runtime, config).resolve(Headers(), Wish(), None)
+    recipe, source = resolving(resolver(runtime, config))(Headers(), Wish(), None)
     assert (str(recipe.preference), source) == ("ada=0.75, bob=0.25", "default")
     assert str(recipe.method) == "linear;p=1;scale=3"
     for wrong in ({"default_preference": "nobody=1"}, {"default_method": "magic"}):
@@ -150,7 +162,7 @@ def test_a_merge_that_never_fits_is_refused_where_its_method_comes_from(
 ) -> None:
     config = ServerConfig(default_preference="ada", default_method="ties;space=full")
     offer = replace(runtime.offer, refusal=lambda recipe: f"a merge by {recipe.method.name}")
-    resolve = Preferences(offer, Models.of(offer, config, 512), config).resolve
+    resolve = resolving(Preferences(offer, Models.of(offer, config, 512), config))
     with pytest.raises(MethodError, match=rf"^{source}: a merge by (knots-)?ties") as caught:
         resolve(Headers(headers), wish, None)
     assert caught.value.param == source
@@ -285,10 +297,10 @@ async def test_a_misspelt_header_of_ours_is_refused(client: httpx.AsyncClient) -
 
 async def test_negative_multipliers_only_where_allowed(runtime: Runtime) -> None:
     allowing = resolver(runtime, ServerConfig(allow_negative=True))
-    recipe, _ = allowing.resolve(Headers({HEADER: "ada=1, bob=-0.5;raw"}), Wish(), None)
+    recipe, _ = resolving(allowing)(Headers({HEADER: "ada=1, bob=-0.5;raw"}), Wish(), None)
     assert recipe.preference.weights == {"ada": 1, "bob": -0.5}
     with pytest.raises(RequestError, match="negative"):
-        resolver(runtime, ServerConfig()).resolve(
+        resolving(resolver(runtime, ServerConfig()))(
             Headers({HEADER: "ada=1, bob=-0.5;raw"}), Wish(), None
         )
 
@@ -317,12 +329,12 @@ def test_any_header_is_applied_exactly_or_refused(
     value = text.encode("utf-8", "surrogatepass")
     headers = Headers(raw=[(HEADER.lower().encode(), value)])
     try:
-        recipe, source = preferences.resolve(headers, Wish(), None)
+        recipe, source = resolving(preferences)(headers, Wish(), None)
     except RequestError as error:
         told = str(error)
     else:
         assert source == "header"
         again = Headers({HEADER: str(recipe.preference)})
-        assert preferences.resolve(again, Wish(), None)[0].digest == recipe.digest
+        assert resolving(preferences)(again, Wish(), None)[0].digest == recipe.digest
         told = HEADER
     assert HEADER in told

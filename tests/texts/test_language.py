@@ -17,7 +17,7 @@ from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
 from dynmerge.errors import ExamplesError, PreferenceError
 from dynmerge.student import Student
-from dynmerge.texts.language import Answers, Choices, Texts, load_examples
+from dynmerge.texts.language import Answers, Choices, Texts, examples_of
 from dynmerge.texts.passages import Passages
 from dynmerge.texts.rows import Row, read_texts
 from dynmerge.texts.sampled import sample_answers, sample_texts
@@ -279,18 +279,18 @@ def test_a_file_s_rows_say_which_examples_they_are(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     answered = written(tmp_path / "a.jsonl", {"prompt": "p", "answer": "yes"})
-    assert isinstance(load_examples(model, tokenizer, answered), Answers)
-    assert isinstance(load_examples(model, tokenizer, answered, LABELS), Choices)
+    assert isinstance(examples_of(model, tokenizer, read_texts(answered)), Answers)
+    assert isinstance(examples_of(model, tokenizer, read_texts(answered), LABELS), Choices)
     texts = written(tmp_path / "t.txt", "the mix")
-    assert isinstance(load_examples(model, tokenizer, texts), Texts)
+    assert isinstance(examples_of(model, tokenizer, read_texts(texts)), Texts)
     with pytest.raises(ExamplesError, match=r"t.txt:1 is a text; labels answer prompts"):
-        load_examples(model, tokenizer, texts, LABELS)
+        examples_of(model, tokenizer, read_texts(texts), LABELS)
     mixed = written(tmp_path / "m.jsonl", {"prompt": "p"}, {"text": "t"})
     with pytest.raises(ExamplesError, match=r"m.jsonl:3 is a text, and other rows are prompts"):
-        load_examples(model, tokenizer, mixed)
+        examples_of(model, tokenizer, read_texts(mixed))
     unanswered = written(tmp_path / "u.jsonl", {"prompt": "p"})
     with pytest.raises(ExamplesError, match=r"u.jsonl:1 has no answer"):
-        load_examples(model, tokenizer, unanswered)
+        examples_of(model, tokenizer, read_texts(unanswered))
 
 
 def test_sampled_answers_are_the_skill_s_own_and_come_again_by_seed(
