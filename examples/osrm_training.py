@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from dynmerge.calibration import osrm
-from dynmerge.calibration.inputs import Moments, collect
+from dynmerge.calibration.moments import Moments, collect
 
 TASK, NEIGHBOUR = "cynic", "hacker"
 BATCH = 4

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynmerge.calibration import osrm
-from dynmerge.calibration.inputs import Moments, collect
+from dynmerge.calibration.moments import Moments, collect
 from dynmerge.texts.batches import alike
 from study.generative import CALIBRATION, SKILLS, asked, loaded_model, tokenizer
 from study.sources import cache_folder

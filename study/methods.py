@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from dynmerge.calibration import draws
-from dynmerge.calibration.calibrate import regmean_cores
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned, in_order, weighted
-from dynmerge.calibration.moments import second_moments
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import UNITS, Objective, Plan, published
+from dynmerge.calibration.regmean import regmean_cores, second_moments
 from dynmerge.calibration.teachers import alone, anchor, floored, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.merging.carried.granularity import by_skill

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dynmerge.calibration import osrm
-from dynmerge.calibration.inputs import Moments, collect
+from dynmerge.calibration.moments import Moments, collect
 from dynmerge.texts.batches import alike
 from study.encoder import adapter_folder, examples, model, padded
 from study.encoder_tasks import TASKS

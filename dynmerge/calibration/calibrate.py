@@ -15,21 +15,18 @@ from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import AT, Calibration
 from dynmerge.calibration.fisher import information, ridged
 from dynmerge.calibration.judge import Judge
-from dynmerge.calibration.learned import Learned, in_order, weighted
-from dynmerge.calibration.moments import second_moments
+from dynmerge.calibration.learned import Learned, weighted
 from dynmerge.calibration.plan import Plan
+from dynmerge.calibration.regmean import regmean_cores, second_moments
 from dynmerge.calibration.train import Check, Training, best_score, improved
 from dynmerge.errors import CalibrationError, ExamplesError
-from dynmerge.merging.carried.granularity import GRANULARITIES, by_moments
+from dynmerge.merging.carried.granularity import GRANULARITIES
 from dynmerge.merging.carried.maps import FORMS
-from dynmerge.merging.choice import parse_method, settled
-from dynmerge.merging.parameters import number
 from dynmerge.merging.support import normed
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
 NORMS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
-RIDGE = number(settled(parse_method("regmean"))[1], "ridge")  # what serves where nobody chose
 RIDGES = (0.1, 1.0, 10.0, 100.0)  # of `gauss-newton`: from blocks to nearly their diagonals
 METHODS = ("tuned", "regmean", *GRANULARITIES)
 GAUSS_NEWTON = "gauss-newton"
@@ -212,19 +209,6 @@ def _check_better(name: str, found: float, plain: float) -> None:
             f"{name}: the held-out score is {found:.4f}, no better than linear's "
             f"{plain:.4f}; the bank stays as it is"
         )
-
-
-def regmean_cores(bank: FactorBank, moments: list[Tensor], rho: Tensor) -> list[Tensor]:
-    """C(rho) (p, q) of `regmean` for every module; moments (tasks, q, q) of each."""
-    return in_order(
-        bank,
-        [
-            by_moments(
-                group, torch.stack([moments[member] for member in group.members]), rho, RIDGE
-            )
-            for group in bank.groups
-        ],
-    )
 
 
 def _closed(plan: Plan) -> dict[str, object]:

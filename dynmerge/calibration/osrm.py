@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmerge.calibration.inputs import LayerMoments, Moments
+from dynmerge.calibration.moments import LayerMoments, Moments
 from dynmerge.errors import AdapterError, ConfigError
 from dynmerge.merging.sparsify import generator
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dynmerge.calibration import osrm
-from dynmerge.calibration.inputs import LayerMoments, Moments, collect
+from dynmerge.calibration.moments import LayerMoments, Moments, collect
 from dynmerge.errors import AdapterError, ConfigError
 from tests import reference
 
