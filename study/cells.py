@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from study.sources import cache_folder
@@ -22,7 +22,8 @@ RECORD = Path(__file__).parents[1] / "docs" / "quality-examples.json.gz"
 class Cell:
     """One method at one preference on one task: of each example, predictions and right ones.
 
-    `seconds` are CPU-seconds of the method's whole row on this seed, its tuning or training in it.
+    `seconds` are CPU-seconds of the method's whole row on this seed, its tuning or training in it;
+    `inputs` is the digest of what the row depends on (study.inputs).
     """
 
     method: str
@@ -33,15 +34,18 @@ class Cell:
     nats: float
     chosen: object
     seconds: float = 0.0
+    inputs: str = ""
 
     @property
     def accuracy(self) -> float:
         """The share of predictions that are right."""
         return sum(self.right) / sum(self.counts)
 
-    def to_json(self, seconds: float) -> Mapping[str, object]:
-        """As one line, with the row's CPU-seconds."""
-        return asdict(replace(self, seconds=round(seconds, 1)))
+
+def write_row(suite: str, seed: int, cells: Sequence[Cell]) -> None:
+    """Add one row's cells. In one write, or a row that was cut would count as measured."""
+    with cells_file(suite, seed).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(asdict(cell)) + "\n" for cell in cells))
 
 
 def cells_file(suite: str, seed: int) -> Path:
@@ -52,12 +56,13 @@ def cells_file(suite: str, seed: int) -> Path:
 
 
 def read_cells(suite: str, seed: int) -> list[Cell]:
-    """All cells of one seed so far."""
+    """All cells of one seed so far; of a row that was measured several times, the last ones."""
     path = cells_file(suite, seed)
-    if not path.is_file():
-        return []
-    lines = path.read_text("utf-8").splitlines()
-    return [Cell(**json.loads(line)) for line in lines]
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    cells = [Cell(**json.loads(line)) for line in lines]
+    last = {cell.method: cell.inputs for cell in cells}
+    found = {(cell.method, cell.at, cell.task): cell for cell in cells}
+    return [cell for cell in found.values() if cell.inputs == last[cell.method]]
 
 
 def restore(record: Path = RECORD) -> list[str]:

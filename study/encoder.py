@@ -60,7 +60,8 @@ def model() -> BertModel:
     folder = packaged_model()
     loaded = BertModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     assert isinstance(loaded, BertModel)
-    return loaded.requires_grad_(False).train(False)
+    loaded.requires_grad_(False).train(False)
+    return loaded
 
 
 @cache

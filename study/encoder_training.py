@@ -76,7 +76,7 @@ def train(
         loss = torch.nn.functional.cross_entropy(
             asked[task].logits(chosen), asked[task].targets(chosen)
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()

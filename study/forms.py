@@ -31,7 +31,8 @@ def network(tables: Tables, owners: Tensor, rho: Tensor) -> Tensor:
     base = rho / torch.linalg.vector_norm(rho, 4)
     hidden = torch.relu(torch.einsum("n,mnh->mh", rho, tables["inner"]) + tables["bias"])
     outer = torch.einsum("mh,mhw->mw", hidden, tables["outer"])
-    return (base[owners] + (1 - rho.square().sum()) * outer) * (rho[owners] > 0)
+    found: Tensor = (base[owners] + (1 - rho.square().sum()) * outer) * (rho[owners] > 0)
+    return found
 
 
 def _affine(modules: int, tasks: int, width: int) -> dict[str, Tensor]:

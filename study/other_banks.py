@@ -5,7 +5,7 @@ from __future__ import annotations
 from dynmerge.calibration.teachers import alone
 from dynmerge.evaluation.scores import Score, score
 from dynmerge.student import Student
-from study.bench import BATCH, Bench, by, under
+from study.bench import BATCH, Bench, Made, by, under
 
 
 def other_scores(bench: Bench, name: str) -> dict[str, Score]:
@@ -13,7 +13,7 @@ def other_scores(bench: Bench, name: str) -> dict[str, Score]:
     kind, _, method = name.partition("-")
     bank = bench.others[kind]()
     student = Student(bench.student.model, bank)
-    made = alone(bank, 0)
+    made: Made = alone(bank, 0)
     if kind == "osrm":
         text = "linear" if method == "mean" else "linear;p=4"
         made = by(bank, text)(bench.centre)

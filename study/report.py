@@ -119,6 +119,7 @@ def examples_of(suite: Suite) -> list[dict[str, object]]:
             "nats": round(cell.nats, 3),
             "chosen": cell.chosen,
             "seconds": cell.seconds,
+            "inputs": cell.inputs,
         }
         for (method, at, task, seed), cell in suite.cells.items()
     ]

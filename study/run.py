@@ -1,21 +1,22 @@
 """Run the study: every row on every seed of every suite, two one-thread processes at a time.
 
     python -m study.run                       # what is not there yet
-    python -m study.run --suite encoder --seed 0 --only pico,tuned
+    python -m study.run --suite encoder --seed 0 --only pico,tuned --again
 
-Results are kept row by row in the cache, so that a run that was stopped goes on where it was.
+Results are kept row by row in the cache, so that a run that was stopped goes on where it was. A row
+whose adapters, examples or settings changed is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 from dynmerge.evaluation.scores import Score
 from dynmerge.evaluation.simplex import even_grid
 from study.bench import Bench, Made
-from study.cells import Cell, cells_file, read_cells
-from study.methods import FORM_ROWS, ROWS, Row, single, trained
+from study.cells import Cell, read_cells, write_row
+from study.inputs import inputs_of
+from study.methods import FORM_ROWS, ROWS, Row, single
 from study.places import CENTRE, grid_skills, places
 from study.plans import reference_plan
 from study.suites import GRID, GRID_STEPS, GRIDS, OTHER_BANKS, REFERENCES, SUITES
+from study.trained import trained
 
 # A row's name and the bench -> its cells.
 Measure = Callable[[str, Bench], Iterator[Cell]]
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=tuple(SUITES))
     parser.add_argument("--seed", type=int)
     parser.add_argument("--only", help="these rows, with commas between")
+    parser.add_argument("--again", action="store_true", help="also rows that are there")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     only = frozenset(options.only.split(",")) if options.only else frozenset(MEASURES)
@@ -56,11 +60,13 @@ def main() -> None:
         parser.error(f"no row {unknown[0]!r} (there are: {', '.join(MEASURES)})")
     if len(wanted) == 1:
         torch.set_num_threads(1)
-        run(*wanted[0], only)
+        run(*wanted[0], only, options.again)
         return
     extra = ["--only", options.only] if options.only else []
+    if options.again:
+        extra.append("--again")
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda pair: run_apart(*pair, extra), wanted))
+        list(pool.map(lambda pair: run_apart(pair[0], pair[1], extra), wanted))
 
 
 def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
@@ -69,23 +75,22 @@ def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
-def run(suite: str, seed: int, only: frozenset[str]) -> None:
-    """Every row that is not there yet, one after the other."""
-    done = {cell.method for cell in read_cells(suite, seed)}
-    todo = [name for name in SUITES[suite].rows(seed) if name in only and name not in done]
-    if not todo:
-        return
+def run(suite: str, seed: int, only: frozenset[str], again: bool = False) -> None:
+    """Every row that is not there yet under what it depends on now, one after the other."""
     bench = open_bench(suite, seed)
-    for name in todo:
+    done = {(cell.method, cell.inputs) for cell in read_cells(suite, seed)}
+    for name in filter(only.__contains__, SUITES[suite].rows(seed)):
+        inputs = inputs_of(name, bench)
+        if (name, inputs) in done and not again:
+            continue
         started = time.process_time()
         cells = list(MEASURES[name](name, bench))
-        spent = time.process_time() - started
-        lines = [json.dumps(cell.to_json(spent)) + "\n" for cell in cells]
-        with cells_file(suite, seed).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))  # whole, or a row that was cut would count as measured
+        seconds = round(time.process_time() - started, 1)
+        write_row(suite, seed, [replace(cell, seconds=seconds, inputs=inputs) for cell in cells])
         centre = [cell.accuracy for cell in cells if cell.at == CENTRE]
         mean = sum(centre) / len(centre) if centre else float("nan")
-        print(f"{suite} {seed} {name}: {mean:.4f} ({spent:.0f} CPU-s)", file=sys.stderr, flush=True)
+        say = f"{suite} {seed} {name}: {mean:.4f} ({seconds:.0f} CPU-s)"
+        print(say, file=sys.stderr, flush=True)
 
 
 def open_bench(suite: str, seed: int) -> Bench:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from study.cells import Cell, cells_file, read_cells, restore
+from study.cells import Cell, cells_file, read_cells, restore, write_row
 from study.places import places
 from study.report import examples_of, quality_of, replaced
 from study.suite import Suite
@@ -93,9 +93,7 @@ def test_rows_that_saw_other_examples_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("study.cells.cache_folder", lambda: tmp_path)
-    cells = [cell("mean", "t", [1, 0, 1]), cell("pico", "t", [1, 0])]
-    lines = [json.dumps(each.to_json(1)) + "\n" for each in cells]
-    cells_file("encoder", 0).write_text("".join(lines))
+    write_row("encoder", 0, [cell("mean", "t", [1, 0, 1]), cell("pico", "t", [1, 0])])
     with pytest.raises(ValueError, match="encoder 0 pico: other examples of t"):
         Suite.read("encoder")
 
