@@ -29,6 +29,7 @@ from dynmerge.texts.examples import Examples
 NORMS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 16.0, 64.0)
 RIDGES = (0.1, 1.0, 10.0, 100.0)  # of `gauss-newton`: from blocks to nearly their diagonals
 METHODS = ("tuned", "regmean", *GRANULARITIES)
+UNTAUGHT = ("tuned",)  # the held-out score alone chooses them: they learn from no other texts
 GAUSS_NEWTON = "gauss-newton"
 ROUNDING = 1e-5  # of a held-out score
 
@@ -48,17 +49,19 @@ def calibrate(
 ) -> Calibration:
     """What `plan` asks for, learned from `texts` (one per task) and guarded by `held_out`.
 
-    `report` is called after each check of a training, whose state `resume` may be; `progress`,
-    with examples done and all of them, where a closed form takes long. Raises CalibrationError for
-    a plan that cannot be, or where nothing found is better on `held_out` than `linear` is;
-    StateError for a `resume` of another training; ExamplesError for a task without texts, or texts
-    of none.
+    For a method of UNTAUGHT `texts` are empty. `report` is called after each check of a training,
+    whose state `resume` may be; `progress`, with examples done and all of them, where a closed form
+    takes long. Raises CalibrationError for a plan that cannot be, where the base model or a skill
+    predicts NaN on `held_out`, or where nothing found is better there than `linear` is; StateError
+    for a `resume` of another training; ExamplesError for a task without texts, texts of no task,
+    texts that would be ignored, and texts without the answers that the objective `labels` needs.
     """
     check_plan(plan, student.bank)
-    for given in (texts, held_out):
+    _check_untaught(plan, texts)
+    for given in (held_out,) if plan.method in UNTAUGHT else (texts, held_out):
         _check_texts(given, student.bank.names)
     if plan.method == "tuned":
-        return _tuned(student, texts, held_out, plan)
+        return _tuned(student, held_out, plan)
     if plan.method == "regmean":
         return _regmean(student, texts, held_out, plan)
     if plan.form == GAUSS_NEWTON:
@@ -114,6 +117,14 @@ def check_plan(plan: Plan, bank: FactorBank) -> None:
         _check_at(plan.at, len(bank.names))
 
 
+def _check_untaught(plan: Plan, texts: Texts) -> None:
+    if plan.method in UNTAUGHT and texts:
+        raise ExamplesError(
+            f"{plan.method} is chosen by the held-out score alone: hold out the texts of "
+            f"{', '.join(texts)} too"
+        )
+
+
 def _check_texts(given: Texts, names: Sequence[str]) -> None:
     for name in names:
         if name not in given:
@@ -148,7 +159,7 @@ def calibration_of(
     return Calibration(plan.method, plan.form, bank.coordinates_digest, tensors, described)
 
 
-def _tuned(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calibration:
+def _tuned(student: Student, held_out: Texts, plan: Plan) -> Calibration:
     """The norm p of `linear` with the best held-out score; p = 1, the plain sum, among them."""
     judge, bank = Judge.of(student, held_out, plan.objective), student.bank
 
@@ -159,7 +170,7 @@ def _tuned(student: Student, texts: Texts, held_out: Texts, plan: Plan) -> Calib
     best = min(scores, key=lambda p: scores[p])
     record = {"scores": {f"linear;p={p:g}": score for p, score in scores.items()}}
     tensors = {".p": torch.tensor(best)}
-    described = _record(_closed(plan), texts, held_out, record)
+    described = _record(_closed(plan), {}, held_out, record)
     return Calibration("tuned", "norm", bank.coordinates_digest, tensors, described)
 
 
@@ -182,7 +193,7 @@ def _gauss_newton(
 ) -> Calibration:
     """Blocks of the Fisher information under the ridge with the best held-out score.
 
-    Each skill's is divided by the gap of the base model, as that score divides its gaps.
+    Each skill's is divided by what that score divides its gap by: `Judge.scales`.
     """
     judge, bank = Judge.of(student, held_out, plan.objective), student.bank
     plain = judge.score(lambda rho: weighted(bank, rho))

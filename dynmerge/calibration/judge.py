@@ -19,7 +19,10 @@ BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """The mean over fixed preferences of sum_i rho_i gap_i, 1 being the gap of the base model.
+    """The mean over fixed preferences of sum_i rho_i (f_i - z_i) / scale_i on held-out texts.
+
+    A scale is the base model's gap, `floored`: the base model scores 1 where no skill's gap is less
+    than a tenth of their mean; a skill whose is counts for less than 1.
 
     Always measured against the adapters themselves, or against labels where those teach: entropy
     falls while accuracy does.
@@ -27,9 +30,9 @@ class Judge:
 
     student: Student
     lessons: Sequence[Lesson]
-    anchors: Sequence[float]
-    scales: Sequence[float]
-    preferences: Sequence[Tensor]
+    anchors: Sequence[float]  # z, by task
+    scales: Sequence[float]  # in nats, by task
+    preferences: Sequence[Tensor]  # (tasks,) each
 
     @classmethod
     def of(
@@ -39,7 +42,11 @@ class Judge:
         objective: Objective,
         at: Tensor | None = None,
     ) -> "Judge":
-        """The judge at one preference, or at the centre and four others."""
+        """The judge at one preference (tasks,), or at the centre and four others.
+
+        Raises CalibrationError where the base model or a skill alone predicts NaN; ExamplesError
+        for a task without examples, or under labels without answers.
+        """
         measure: Objective = "labels" if objective == "labels" else "distil"
         found = lessons(student, held_out, measure, BATCH)
         anchors = [anchor(student, task, lesson) for task, lesson in enumerate(found)]
@@ -59,12 +66,16 @@ class Judge:
 
     @torch.no_grad()
     def score(self, cores: Callable[[Tensor], Sequence[Tensor]]) -> float:
-        """Of a map from preferences to cores. Lower is better; 0 is every adapter itself."""
+        """Of a map from preferences (tasks,) to cores, (p, q) per module in the bank's order.
+
+        In units of `scales`. Lower is better; 0 is every adapter itself, under labels whoever is
+        sure of every answer.
+        """
         return sum(self.at(rho, cores(rho)) for rho in self.preferences) / len(self.preferences)
 
     @torch.no_grad()
     def at(self, rho: Tensor, cores: Sequence[Tensor]) -> float:
-        """The weighted gap at one preference."""
+        """The weighted gap of cores, (p, q) per module, at one preference (tasks,)."""
         with self.student.under(cores):
             return sum(
                 float(rho[task]) * (lesson.mean(BATCH) - z) / scale

@@ -67,9 +67,9 @@ class Plan:
 
 
 def published(method: str, at: tuple[float, ...], seed: int = 0) -> Plan:
-    """TARA's own settings (arXiv:2603.26299 and its code): one preference, entropy, a plain sum.
+    """TARA's own settings (arXiv:2603.26299 and its code): one preference, entropy, mu = 1.
 
-    Every gap counts as it is, and at mu = 1 the scalarisation hardly trades off.
+    Every gap counts as it is, and there the scalarisation hardly trades off: nearly a plain sum.
     """
     return Plan(
         method,

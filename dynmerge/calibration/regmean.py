@@ -8,6 +8,7 @@ from torch import Tensor
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.learned import in_order
 from dynmerge.calibration.teachers import alone
+from dynmerge.errors import ExamplesError
 from dynmerge.merging.carried.granularity import by_moments
 from dynmerge.merging.choice import parse_method, settled
 from dynmerge.merging.parameters import number
@@ -26,6 +27,7 @@ def second_moments(
 
     Under adapter i, as RegMean takes activations of the fine-tuned models. Padding is left out; a
     beginning that all of a task's examples share and that is run once a batch counts once a batch.
+    Raises ExamplesError for a layer that read nothing of a task's.
     """
     modules = student.bank.modules
     sums = [torch.zeros(len(student.bank.tasks), *2 * [m.V.shape[1]]) for m in modules]
@@ -40,7 +42,17 @@ def second_moments(
         with student.under(alone(student.bank, task)), student.watching(see):
             for rows in batches(texts[name], batch):
                 texts[name].logits(rows)
+        _check_read(student.bank, name, counts[:, task])
     return [total / count[:, None, None] for total, count in zip(sums, counts, strict=True)]
+
+
+def _check_read(bank: FactorBank, name: str, counts: Tensor) -> None:
+    """Raise ExamplesError where a module read none of the texts of `name`; counts (modules,)."""
+    for module, count in zip(bank.modules, counts.tolist(), strict=True):
+        if not count:
+            raise ExamplesError(
+                f"{module.name} read nothing of {name!r}: there were no texts, or it does not run"
+            )
 
 
 def regmean_cores(bank: FactorBank, moments: Sequence[Tensor], rho: Tensor) -> list[Tensor]:

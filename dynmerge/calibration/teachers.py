@@ -37,12 +37,15 @@ class Lesson:
     ideal: float | None = 0.0
 
     def loss(self, rows: Sequence[int]) -> Tensor:
-        """The mean over the predictions of these rows, under what the student carries."""
+        """(): the mean over the predictions of these rows, under what the student carries, in nats.
+
+        Raises ExamplesError under labels where the examples have no answers.
+        """
         return self.measure(rows, self.examples.logits(rows)).mean()
 
     @torch.no_grad()
     def mean(self, batch: int) -> float:
-        """The mean over all rows."""
+        """The mean over all rows, `batch` at once. Raises ExamplesError as `loss` does."""
         total, count = 0.0, 0
         for rows in batches(self.examples, batch):
             found = self.measure(rows, self.examples.logits(rows))
@@ -66,9 +69,10 @@ def lessons(
 
 
 def floored(gaps: Sequence[float]) -> list[float]:
-    """What gaps are divided by: their sizes, none below a share of their mean.
+    """What gaps (in nats, by task) are divided by: their sizes, none below LEAST_SHARE of the mean.
 
-    A skill that loses next to nothing would count without bounds.
+    A skill that loses next to nothing would count without bounds. Below that floor its gap is no
+    longer 1 after the division, but its share of the floor.
     """
     sizes = [abs(gap) for gap in gaps]
     least = max(LEAST_SHARE * sum(sizes) / len(sizes), LEAST_GAP)

@@ -35,7 +35,13 @@ class Check:
 
 
 class Training:
-    """One calibration on its way. `checks` are the held-out scores so far, the start's first."""
+    """One calibration on its way. `checks` are the held-out scores so far, the start's first.
+
+    Gaps are divided by those that the start leaves at the centre, or at the plan's preference; the
+    held-out score divides by the base model's. Raises CalibrationError where the base model or a
+    skill predicts NaN on `held_out`; ExamplesError for a task without examples, or under labels
+    without answers.
+    """
 
     def __init__(
         self,
@@ -206,7 +212,9 @@ class Training:
         self._losses = []
 
     def _normalisers(self) -> list[float]:
-        """f_i - z_i at the start, at `at` or the centre; 1 each where gaps count as they are."""
+        """By task |f_i - z_i| at the start, at `at` or the centre, `floored`; 1 each where gaps
+        count as they are.
+        """
         if not self.plan.normalise:
             return [1.0] * len(self._lessons)
         at = self.plan.at

@@ -14,7 +14,8 @@ PROMPT, ANSWER, TEXT = "prompt", "answer", "text"
 class Row:
     """One example before it is tokens: `prompt` and perhaps `answer`, or `text` alone.
 
-    `ended` is False for an answer that was cut off. `place` is for errors.
+    `ended` is False for an answer that was cut off. `place` is for errors: rows are equal wherever
+    they stand.
     """
 
     prompt: str | None = None

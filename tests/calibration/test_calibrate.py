@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.plan import UNITS, Objective, Plan, published
 from dynmerge.calibration.teachers import alone, lessons
 from dynmerge.calibration.train import Training
+from dynmerge.cli.commands.quality import Objective as Offered
 from dynmerge.errors import CalibrationError, ExamplesError
 from dynmerge.merging.carried.granularity import GRANULARITIES
 from dynmerge.merging.carried.maps import FORMS, LINEAR
@@ -188,8 +189,12 @@ def test_as_published(small: Student, points: Sheets, held_points: Sheets) -> No
         assert torch.all((own["fixed"] - 0.4).abs() < 0.01)
 
 
-def test_tuned_is_the_best_of_the_norms(pupil: Student, texts: Texts, held_out: Texts) -> None:
-    found = calibrate(pupil, texts, held_out, Plan("tuned"))
+def test_tuned_is_the_best_of_the_norms(pupil: Student, held_out: Texts) -> None:
+    found = calibrate(pupil, {}, held_out, Plan("tuned"))
+    assert found.record["texts"] == {}
+    assert found.record["held_out"] == {
+        name: {"examples": 3, "sha256": own.digest} for name, own in held_out.items()
+    }
     scores = cast("dict[str, float]", found.record["scores"])
     assert list(scores) == [f"linear;p={p:g}" for p in NORMS]
     p = float(found.shared["p"])
@@ -202,6 +207,14 @@ def test_tuned_is_the_best_of_the_norms(pupil: Student, texts: Texts, held_out: 
         asked(full, "tuned", WISHES[0]), asked(full, f"linear;p={p:g}", WISHES[0]), strict=True
     ):
         assert_close(mine, theirs)
+
+
+def test_texts_that_a_method_would_ignore_are_refused(
+    pupil: Student, texts: Texts, held_out: Texts
+) -> None:
+    reason = "tuned is chosen by the held-out score alone: hold out the texts of ada, bob, cyd too"
+    with pytest.raises(ExamplesError, match=reason):
+        calibrate(pupil, texts, held_out, Plan("tuned"))
 
 
 def test_regmean_is_carried_where_it_helps(pupil: Student, texts: Texts, held_out: Texts) -> None:
@@ -290,6 +303,10 @@ def test_a_setting_that_cannot_be_is_refused_where_it_is_made(
 ) -> None:
     with pytest.raises(CalibrationError, match=complaint):
         Plan("tara-a", **setting)
+
+
+def test_the_command_offers_every_objective() -> None:
+    assert [each.value for each in Offered] == list(get_args(Objective))
 
 
 @pytest.mark.parametrize("plan", [QUICK, Plan("regmean"), Plan("adamerging", GAUSS_NEWTON)])

@@ -1,4 +1,6 @@
-"""The held-out score: 0 is every adapter itself, 1 the base model."""
+"""The held-out score: 0 is every adapter itself, 1 the base model where each of them differs from
+it by enough.
+"""
 
 from dataclasses import replace
 
@@ -6,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynmerge.bank.bank import ModuleFactors
 from dynmerge.calibration.draws import centre
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.teachers import alone, lessons
 from dynmerge.errors import CalibrationError
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
+from tests.calibration.network import Network, Points, network_bank
 
 MIXED = torch.tensor([0.2, 0.5, 0.3])
 
@@ -31,6 +35,30 @@ def test_the_base_model_is_one_and_an_adapter_on_its_own_is_nought(
     for task in range(3) if objective == "distil" else ():
         corner = torch.eye(3)[task]
         assert judge.at(corner, alone(pupil.bank, task)) == pytest.approx(0, abs=1e-4)
+
+
+def faint(module: ModuleFactors) -> ModuleFactors:
+    """With a tenth of the first task's update."""
+    left = module.left.clone()
+    left[:, module.slices()[0]] /= 10
+    return replace(module, left=left)
+
+
+def test_a_skill_that_hardly_differs_from_the_base_model_counts_for_less() -> None:
+    bank = network_bank()
+    bank = replace(bank, modules=tuple(map(faint, bank.modules)))
+    student = Student(Network(), bank)
+    held_out = {name: Points(student.model, task, 9, task) for task, name in enumerate(bank.names)}
+    judge = Judge.of(student, held_out, "distil")
+    gaps = [lesson.mean(64) for lesson in lessons(student, held_out, "distil", 64)]
+    least = sum(gaps) / 3 / 10
+    assert gaps[0] < 0.5 * least < least < min(gaps[1:])
+    assert judge.scales == pytest.approx([least, *gaps[1:]])
+    base = float(MIXED[0]) * gaps[0] / least + float(MIXED[1:].sum())
+    assert judge.at(MIXED, nothing(student)) == pytest.approx(base)
+    assert base < 0.9
+    for task in range(3):
+        assert judge.at(torch.eye(3)[task], alone(bank, task)) == pytest.approx(0, abs=1e-4)
 
 
 def test_it_is_the_weighted_gap_of_those_who_are_wanted(

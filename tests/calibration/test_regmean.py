@@ -1,13 +1,17 @@
 """Second moments against a loop over tokens, on each adapter's model written out."""
 
+import pytest
+from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.calibration.regmean import second_moments
+from dynmerge.errors import ExamplesError
 from dynmerge.student import Student
 from dynmerge.texts.passages import Passages
 from tests import reference
+from tests.calibration.network import RANKS, Network, Points, network_bank
 from tests.conftest import tiny_model
 
 
@@ -31,3 +35,18 @@ def test_batches_do_not_matter(pupil: Student, texts: dict[str, Passages]) -> No
         second_moments(pupil, texts, batch=1), second_moments(pupil, texts, batch=9), strict=True
     ):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+class Short(Network):
+    """As a model of experts, of which one is not asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.get_submodule("d")(self.get_submodule("a")(x).tanh())
+        return found
+
+
+def test_a_layer_that_reads_nothing_is_named() -> None:
+    student = Student(Short(), network_bank())
+    points = {name: Points(student.model, task, 4, task) for task, name in enumerate(RANKS)}
+    with pytest.raises(ExamplesError, match=r"^b read nothing of 'ada': there were no texts, or"):
+        second_moments(student, points)

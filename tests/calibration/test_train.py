@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from dynmerge.calibration.draws import preference
+from dynmerge.calibration.draws import centre, preference
 from dynmerge.calibration.learned import Learned
 from dynmerge.calibration.objective import smooth_tchebycheff
 from dynmerge.calibration.plan import Plan, published
+from dynmerge.calibration.teachers import floored, lessons
 from dynmerge.calibration.train import Training, improved
 from dynmerge.errors import StateError
 from dynmerge.merging.carried.maps import LINEAR
@@ -79,6 +80,18 @@ def test_a_step_takes_the_gradient_of_the_whole_though_it_holds_one_skill_at_a_t
             assert table.grad is not None
             assert_close(table.grad, slope, rtol=1e-4, atol=1e-7)
         assert training._losses[-1] == pytest.approx(float(whole.detach()))
+
+
+def test_gaps_are_divided_by_those_that_the_start_leaves_on_the_texts(
+    small: Student, points: Sheets, held_points: Sheets
+) -> None:
+    training = Training(small, points, held_points, PLAN)
+    made = lessons(small, points, PLAN.objective, 64)
+    with small.under(training.learned.cores(centre(3))):
+        gaps = [lesson.mean(64) for lesson in made]
+    assert training._scales == pytest.approx(floored(gaps))
+    base = floored([lesson.mean(64) for lesson in made])
+    assert training._scales != pytest.approx(base, rel=0.1)
 
 
 def test_a_seed_makes_a_training(small: Student, points: Sheets, held_points: Sheets) -> None:

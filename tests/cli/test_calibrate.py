@@ -20,13 +20,15 @@ from dynmerge.bank.outline import Outline
 from dynmerge.bank.storage import add_calibration, load_bank, read_manifest
 from dynmerge.calibration.train import Training
 from dynmerge.cli import main
-from dynmerge.cli.calibrate import STATE, _StateFolder
+from dynmerge.cli.given import Given
+from dynmerge.cli.state_folder import STATE, StateFolder
 from dynmerge.errors import BankError, MethodError
 from dynmerge.merging.choice import default_method, parse_method
 from dynmerge.merging.merge import merge
 from dynmerge.offer import Offer
 from dynmerge.preference import Preference
 from dynmerge.recipe import Recipe
+from dynmerge.texts.rows import Row
 from tests.cli.conftest import NAMES, Run
 
 
@@ -104,22 +106,83 @@ def test_without_texts_the_skills_make_their_own(run: Run, bank: Path) -> None:
     assert code == 0
     assert "linear;p=1 " in shown
     record = record_of(bank, "tuned")
-    assert [record["texts"][name]["examples"] for name in NAMES] == [6, 6, 6]
+    assert record["texts"] == {}
+    assert [record["held_out"][name]["examples"] for name in NAMES] == [8, 8, 8]
     assert record["settings"] == {"method": "tuned", "objective": "distil", "seed": 3}
+
+
+def test_what_only_the_held_out_score_chooses_holds_out_all_its_texts(
+    run: Run, bank: Path, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "cyd.txt").write_text("a mix of skills")
+    code, _, _ = run(bank, "-m", "tuned", *texts)
+    assert code == 0
+    record = record_of(bank, "tuned")
+    assert record["texts"] == {}
+    assert [record["held_out"][name]["examples"] for name in NAMES] == [8, 8, 1]
 
 
 def test_prompts_without_answers_are_answered_by_the_skill(
     run: Run, bank: Path, texts: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "open.jsonl").write_text("\n".join(['{"prompt": "mix"}'] * 4))
-    (tmp_path / "guard.txt").write_text("\n".join(f"a mix of {'skills ' * n}" for n in range(8)))
+    (tmp_path / "guard.txt").write_text("\n".join(f"the mix {'of skills ' * n}" for n in range(8)))
     held_out = [f"--held-out={name}={tmp_path / 'guard.txt'}" for name in NAMES]
     texts[0] = f"--texts=ada={tmp_path / 'open.jsonl'}"
-    code, _, _ = run(bank, "-m", "tuned", *texts, *held_out)
+    code, _, _ = run(bank, "-m", "core", *texts, *held_out, "--steps=1", "--batch=1")
     assert code == 0
-    record = record_of(bank, "tuned")
+    record = record_of(bank, "core")
     assert record["texts"]["ada"]["examples"] == 4
     assert record["held_out"]["ada"]["examples"] == 8
+
+
+def test_rows_that_repeat_others_count_once_and_lie_on_one_side(
+    run: Run, bank: Path, texts: list[str], tmp_path: Path
+) -> None:
+    lines = [f"a mix of {'skills ' * n}" for n in (1, 2, 3, 4, 1, 1, 2, 5, 1)]
+    (tmp_path / "cyd.txt").write_text("\n".join(lines))
+    code, _, err = run(bank, "-m", "core", *texts, "--steps=1", "--batch=1")
+    assert code == 0
+    assert "cyd: 4 of 9 rows repeat others and are left out\n" in err
+    assert "ada: " not in err
+    record = record_of(bank, "core")
+    assert record["texts"]["cyd"]["examples"] == 3
+    assert record["held_out"]["cyd"]["examples"] == 2
+
+
+def test_no_question_is_learned_from_and_held_out() -> None:
+    asked = [Row(prompt=f"mix {n % 5}", answer=("yes", "no")[n % 2]) for n in range(20)]
+    for given in (Given({}, {}, {"bob": ["yes", "no"]}), Given({}, {}, {})):
+        learned, kept = given.split("bob", asked)
+        assert {given.question("bob", row) for row in learned}.isdisjoint(
+            given.question("bob", row) for row in kept
+        )
+        assert sorted(map(repr, [*learned, *kept])) == sorted({repr(row) for row in asked})
+    # Among labels a prompt is one prediction, whatever the answer; else answers are what is asked.
+    labelled, open_ended = Given({}, {}, {"bob": ["yes", "no"]}), Given({}, {}, {})
+    assert {row.prompt for row in labelled.split("bob", asked)[1]} == {"mix 0", "mix 4"}
+    assert open_ended.split("bob", asked)[1] == [asked[0], asked[4], asked[8]]
+
+
+def test_what_a_skill_makes_up_and_its_guard_has_too_is_not_learned_from(
+    run: Run, bank: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(student: object, tokenizer: object, task: str, rows: list[Row], seed: int) -> Any:
+        return [replace(row, answer=row.answer or "b") for row in rows]
+
+    monkeypatch.setattr("dynmerge.cli.given.sample_answers", answered)
+    (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}\n{"prompt": "mix 2"}')
+    (tmp_path / "guard.jsonl").write_text('{"prompt": "mix", "answer": "b"}')
+    texts[0] = f"--texts=ada={tmp_path / 'open.jsonl'}"
+    words = ("-m", "core", *texts, f"--held-out=ada={tmp_path / 'guard.jsonl'}")
+    code, _, err = run(bank, *words, "--steps=1", "--batch=1")
+    assert code == 0
+    assert "ada: 1 of 2 rows are in what guards it and are left out\n" in err
+    assert record_of(bank, "core")["texts"]["ada"]["examples"] == 1
+    (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}')
+    code, _, err = run(bank, *words)
+    assert code == 2
+    assert "ada: all there is to learn from guards it too: give --texts ada" in err
 
 
 def test_as_published_for_one_preference(run: Run, bank: Path, texts: list[str]) -> None:
@@ -173,7 +236,7 @@ def test_a_disk_without_room_for_the_state_is_an_error_of_one_line(tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         with pytest.raises(BankError, match=r"cannot keep the training's state: .*too large"):
-            _StateFolder(tmp_path / "state").write({"tables": torch.zeros(1000)})
+            StateFolder(tmp_path / "state").write({"tables": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert list((tmp_path / "state").iterdir()) == []
@@ -201,9 +264,9 @@ def test_what_was_stopped_half_way_goes_on(
     run: Run, built: Path, bank: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("-m", "core", *texts, "--steps=26", "--batch=1")
-    write, written, advance = _StateFolder.write, list[int](), Training._advance
+    write, written, advance = StateFolder.write, list[int](), Training._advance
 
-    def noted(self: _StateFolder, state: Mapping[str, Any]) -> None:
+    def noted(self: StateFolder, state: Mapping[str, Any]) -> None:
         written.append(state["step"])
         write(self, state)
 
@@ -212,7 +275,7 @@ def test_what_was_stopped_half_way_goes_on(
             raise KeyboardInterrupt
         advance(self)
 
-    monkeypatch.setattr(_StateFolder, "write", noted)
+    monkeypatch.setattr(StateFolder, "write", noted)
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_advance", stopped)
         code, _, err = run(bank, *words)
@@ -236,7 +299,7 @@ def test_what_was_stopped_half_way_goes_on(
         (folder / STATE).write_bytes(content)
         assert refused().startswith("it is not as it was written")
     for strange in ({}, {"step": 25, "checks": [{"when": 25}]}):  # another version's
-        write(_StateFolder(folder), strange)
+        write(StateFolder(folder), strange)
         assert "the state is none of this training (" in refused()
     (folder / STATE).unlink()
     (folder / STATE).mkdir()
@@ -290,6 +353,11 @@ def test_what_was_stopped_half_way_goes_on(
         (["-m", "tara-a", "--form=gauss-newton", "--steps=9"], "--steps is not for gauss-newton"),
         (["-m", "regmean", "--rate=1"], "--rate is not for regmean, which trains nothing"),
         (["-m", "tuned", "--form=ratio"], "--form is not for tuned"),
+        (
+            ["-m", "tuned", "--texts=ada=x.txt", "--held-out=ada=y.txt"],
+            "--held-out is not for tuned, which holds out all of --texts: give the rows of"
+            " --held-out ada to --texts ada",
+        ),
         (["-m", "tuned", "--objective=entropy"], "tuned is chosen by the held-out score"),
         (["-m", "core", "--seed=18446744073709551616"], "Invalid value for '--seed'"),
         (["-m", "core", "--mu=inf"], "Invalid value for '--mu'"),
@@ -321,7 +389,6 @@ def test_a_wrong_wish_is_named_before_the_model_is_loaded(
         (["--labels=bob=yes,"], "given: 'yes', ''"),
         (["--labels=bob=yes,on"], "bob.jsonl:2: the answer 'no' is no label"),
         (["--labels=cyd=yes,no"], "cyd.txt:1 is a text; labels answer prompts"),
-        (["--held-out=cyd={folder}/cyd.txt"], "--held-out cyd has the rows of --texts cyd"),
     ],
 )
 def test_what_texts_leave_no_use_for_is_named_before_the_model_is_loaded(
@@ -331,6 +398,39 @@ def test_what_texts_leave_no_use_for_is_named_before_the_model_is_loaded(
     code, out, err = run(built, "-m", "tuned", "--base=/none", *texts, *given)
     assert (code, out) == (2, "")
     assert reason in err
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words", "reason"),
+    [
+        ("cyd", [{"text": f"a mix {'of skills ' * n}"} for n in range(1, 9)], [], "8 of its 8"),
+        ("cyd", [{"text": "another"}, {"text": "a mix of skills "}], [], "1 of its 2"),
+        ("ada", [{"prompt": "mix 9", "answer": "b"}, {"prompt": "mix 1", "answer": "bcdefgh"}], [],
+         "1 of its 2"),
+        # Which label is right makes no other prediction.
+        ("bob", [{"prompt": "mix 9"}, {"prompt": "mix 1"}], ["--labels=bob=yes,no"], "1 of its 2"),
+    ],
+)  # fmt: skip
+def test_a_guard_that_shares_a_row_with_what_is_learned_from_is_refused(
+    run: Run,
+    built: Path,
+    texts: list[str],
+    tmp_path: Path,
+    name: str,
+    rows: list[dict[str, str]],
+    words: list[str],
+    reason: str,
+) -> None:
+    guard = tmp_path / "guard.jsonl"
+    guard.write_text("\n".join(map(json.dumps, rows)))
+    given = (*texts, f"--held-out={name}={guard}", *words)
+    code, out, err = run(built, "-m", "core", "--base=/none", *given)
+    assert (code, out) == (2, "")
+    place = 1 if reason.startswith("8") else 2
+    assert (
+        f"--held-out {name} shares {reason} rows with --texts {name}, such as {guard}:{place}: "
+        "what is learned from guards nothing"
+    ) in err
 
 
 def test_labels_that_begin_alike_are_named_with_their_skill(
@@ -345,7 +445,18 @@ def test_labels_that_begin_alike_are_named_with_their_skill(
     ("name", "content", "words", "reason"),
     [
         ("ada.jsonl", '{"prompt": "mix"}', ["--objective=labels"], "ada.jsonl:1 has no answer"),
-        ("ada.jsonl", '{"prompt": "mix", "answer": "a"}', [], "--texts ada: one row is too few"),
+        (
+            "ada.jsonl",
+            '{"prompt": "mix", "answer": "a"}\n' * 3,
+            [],
+            "--texts ada: two different rows are the least, so that one can be held out",
+        ),
+        (
+            "bob.jsonl",
+            '{"prompt": "mix", "answer": "yes"}\n{"prompt": "mix", "answer": "no"}',
+            ["--labels=bob=yes,no"],
+            "--texts bob: two different prompts are the least",
+        ),
         (
             "bob.jsonl",
             '{"prompt": "mix", "answer": "a"}\n' * 2,
@@ -376,7 +487,7 @@ def test_wrong_texts_are_named(
     (tmp_path / name).write_text(content)
     given = [word for word in texts if f"={name[:3]}=" not in word]
     given.append(f"--texts={name[:3]}={tmp_path / name}")
-    code, out, err = run(built, "-m", "tuned", *given, *words)
+    code, out, err = run(built, "-m", "core", *given, *words)
     assert (code, out) == (2, "")
     assert reason in err
     assert "Traceback" not in err
