@@ -35,7 +35,8 @@ class Bench:
     """`splits`: calibration, guard, validation and test -> skill -> examples.
 
     `others` are banks of adapters trained another way, each on the same model: the joint adapter,
-    those begun as OSRM says. `pace` is what the suite can pay of a calibration's plan.
+    those begun as OSRM says. `pace` is what the suite can pay of a calibration's plan; `keep`,
+    whether calibrations count that were kept from before.
     """
 
     suite: str
@@ -44,6 +45,7 @@ class Bench:
     splits: Mapping[str, Mapping[str, Examples]]
     others: Mapping[str, Callable[[], FactorBank]]
     pace: Callable[[Plan], Plan] = lambda plan: plan
+    keep: bool = True
 
     @property
     def bank(self) -> FactorBank:

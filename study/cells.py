@@ -22,8 +22,8 @@ RECORD = Path(__file__).parents[1] / "docs" / "quality-examples.json.gz"
 class Cell:
     """One method at one preference on one task: of each example, predictions and right ones.
 
-    `seconds` are CPU-seconds of the method's whole row on this seed, its tuning or training in it;
-    `inputs` is the digest of what the row depends on (study.inputs).
+    `seconds` are CPU-seconds of the method's whole row on this seed, its tuning or training in it,
+    but for what was kept of a calibration; `inputs` names what it depends on (study.inputs).
     """
 
     method: str

@@ -131,26 +131,28 @@ class EncoderExamples:
     """One task's texts and the model that predicts them; a `texts.examples.Examples`.
 
     `encoder` is any module that takes `input_ids` and `attention_mask` and gives
-    `last_hidden_state`; `head` is (classes, hidden).
+    `last_hidden_state`; `head` is (classes, hidden), the embeddings of the words `classes`.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
         head: Tensor,
+        classes: Sequence[str],
         chosen: Sequence[Row],
         tokens: Sequence[Sequence[int]],
     ) -> None:
         self.encoder = encoder
         self.tokens = tokens
         self._head = head
+        self._classes = tuple(classes)
         self._rows = chosen
         self._labels = torch.tensor([row.label for row in chosen])
 
     @property
     def digest(self) -> str:
-        """SHA-256 over texts and classes."""
-        content = json.dumps([asdict(row) for row in self._rows], sort_keys=True)
+        """SHA-256 over texts, right classes and the words that name all classes."""
+        content = json.dumps([self._classes, [asdict(row) for row in self._rows]], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -178,16 +180,7 @@ def examples(task: str, split: str, encoder: nn.Module) -> EncoderExamples:
     """The examples of one task and split, predicted by `encoder`."""
     chosen = rows(task, split)
     tokens = encode([row.text for row in chosen], [row.second for row in chosen])
-    return EncoderExamples(encoder, heads()[task], chosen, tokens)
-
-
-@torch.no_grad()
-def accuracy(asked: EncoderExamples, batch: int = 64) -> float:
-    """The share of right predictions, of the model as it is now."""
-    order = sorted(range(len(asked)), key=lambda row: len(asked.tokens[row]))
-    chunks = [order[start : start + batch] for start in range(0, len(order), batch)]
-    right = [asked.logits(chunk).argmax(-1) == asked.targets(chunk) for chunk in chunks]
-    return float(torch.cat(right).double().mean())
+    return EncoderExamples(encoder, heads()[task], TASKS[task].classes, chosen, tokens)
 
 
 # --- adapters

@@ -8,8 +8,9 @@ from contextlib import nullcontext
 import torch
 from peft import PeftModel
 
+from dynmerge.evaluation.scores import score
 from dynmerge.student import Student
-from study.encoder import accuracy, adapter_folder, bank_of, examples, model
+from study.encoder import adapter_folder, bank_of, examples, model
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         row = []
         for carried in (nullcontext(), student.under(single[place]), student.under(mean)):
             with carried:
-                row.append(accuracy(asked))
+                row.append(score(asked).accuracy)
         found.append(row)
         print(
             name,

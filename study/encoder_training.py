@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmerge.calibration import osrm
+from dynmerge.evaluation.scores import score
 from examples.dictionary.data import say
-from study.encoder import NAME, EncoderExamples, accuracy, adapter_folder, examples, model
+from study.encoder import NAME, EncoderExamples, adapter_folder, examples, model
 from study.encoder_tasks import TASKS
 
 JOINT = "joint"
@@ -38,38 +40,28 @@ def train(
     tasks: Sequence[str],
     seed: int,
     folder: Path,
-    *,
     A: Mapping[str, Tensor] | None = None,
-    freeze_A: bool = False,
-    rank: int = RANK,
-    alpha: int = ALPHA,
-    rate: float = RATE,
-    epochs: int = EPOCHS,
 ) -> None:
     """Train one adapter on the `train` rows of `tasks` and write it to `folder` as PEFT does.
 
-    `A` gives lora_A (r, d_in) its start by the base model's name of the layer
-    (`encoder.layer.0.attention.self.query`), for every adapted layer or for some; `freeze_A` keeps
-    it there. With several tasks, every batch is of one task, in random order. Raises ValueError on
-    a start that fits no layer.
+    `A` gives every lora_A (r, d_in) its start by the base model's name of the layer
+    (`encoder.layer.0.attention.self.query`). With several tasks, every batch is of one task, in
+    random order.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import get_cosine_schedule_with_warmup
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(MODULES))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(MODULES))
     peft: Any = get_peft_model(model(), config)
     peft.peft_config["default"].base_model_name_or_path = NAME  # never a path of this machine
-    start_at(peft, A or {})
-    if freeze_A:
-        for name, parameter in peft.named_parameters():
-            if ".lora_A." in name:
-                parameter.requires_grad_(False)
+    if A is not None:
+        osrm.apply(peft, A)
     asked = {task: examples(task, "train", peft) for task in tasks}
     order = random.Random(seed)
-    steps = [batch for _ in range(epochs) for batch in batches(asked, order)]
+    steps = [batch for _ in range(EPOCHS) for batch in batches(asked, order)]
     trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(steps) // 20, len(steps))
     peft.eval()  # no dropout: these trainings are short
     for task, chosen in steps:
@@ -82,17 +74,6 @@ def train(
         schedule.step()
         optimizer.zero_grad()
     save(peft, folder)
-
-
-def start_at(peft: Any, A: Mapping[str, Tensor]) -> None:
-    """Write the given starts into the adapter's lora_A."""
-    parameters = dict(peft.named_parameters())
-    for module, start in A.items():
-        name = f"base_model.model.{module}.lora_A.default.weight"
-        if name not in parameters or parameters[name].shape != start.shape:
-            raise ValueError(f"no lora_A of shape {tuple(start.shape)} at {module!r}")
-        with torch.no_grad():
-            parameters[name].copy_(start)
 
 
 def batches(asked: Mapping[str, EncoderExamples], order: random.Random) -> list[Batch]:
@@ -124,7 +105,7 @@ def held_out(tasks: Sequence[str], folder: Path) -> dict[str, float]:
     from peft import PeftModel
 
     peft = PeftModel.from_pretrained(model(), folder).eval()
-    return {task: accuracy(examples(task, "validation", peft)) for task in tasks}
+    return {task: score(examples(task, "validation", peft)).accuracy for task in tasks}
 
 
 def main() -> None:

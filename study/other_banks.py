@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from dynmerge.bank.bank import FactorBank
+from dynmerge.calibration import draws
 from dynmerge.calibration.teachers import alone
 from dynmerge.evaluation.scores import Score, score
 from dynmerge.student import Student
 from study.bench import BATCH, Bench, Made, by, under
 
+Carried = Callable[[FactorBank, str], Made]  # a bank and the skill that is asked
+
 
 def other_scores(bench: Bench, name: str) -> dict[str, Score]:
-    """`joint`: the one adapter; `osrm-mean`, `osrm-p4`: the linear merges of the others."""
-    kind, _, method = name.partition("-")
-    bank = bench.others[kind]()
+    """Every skill's test examples under one of CARRIED."""
+    kind, _, _ = name.partition("-")
+    bank, found = bench.others[kind](), {}
     student = Student(bench.student.model, bank)
-    made: Made = alone(bank, 0)
-    if kind == "osrm":
-        text = "linear" if method == "mean" else "linear;p=4"
-        made = by(bank, text)(bench.centre)
     try:
-        with under(student, made):
-            return {skill: score(bench.splits["test"][skill], BATCH) for skill in bench.bank.names}
+        for skill in bench.bank.names:
+            with under(student, CARRIED[name](bank, skill)):
+                found[skill] = score(bench.splits["test"][skill], BATCH)
     finally:
         student.close()
+    return found
+
+
+def _merged(method: str) -> Carried:
+    return lambda bank, skill: by(bank, method)(draws.centre(len(bank.names)))
+
+
+CARRIED: Mapping[str, Carried] = {
+    "joint": lambda bank, skill: alone(bank, 0),
+    "osrm-single": lambda bank, skill: alone(bank, bank.names.index(skill)),
+    "osrm-mean": _merged("linear"),
+    "osrm-p4": _merged("linear;p=4"),
+}

@@ -22,12 +22,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dynmerge.calibration import teachers
 from dynmerge.evaluation.scores import Score
 from dynmerge.evaluation.simplex import even_grid
 from study.bench import Bench, Made
 from study.cells import Cell, read_cells, write_row
 from study.inputs import inputs_of
-from study.methods import FORM_ROWS, ROWS, Row, single
+from study.methods import FORM_ROWS, ROWS, Row
 from study.places import CENTRE, grid_skills, places
 from study.plans import reference_plan
 from study.suites import GRID, GRID_STEPS, GRIDS, OTHER_BANKS, REFERENCES, SUITES
@@ -77,7 +78,7 @@ def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
 
 def run(suite: str, seed: int, only: frozenset[str], again: bool = False) -> None:
     """Every row that is not there yet under what it depends on now, one after the other."""
-    bench = open_bench(suite, seed)
+    bench = replace(open_bench(suite, seed), keep=not again)
     done = {(cell.method, cell.inputs) for cell in read_cells(suite, seed)}
     for name in filter(only.__contains__, SUITES[suite].rows(seed)):
         inputs = inputs_of(name, bench)
@@ -107,7 +108,7 @@ def open_bench(suite: str, seed: int) -> Bench:
 def alone(name: str, bench: Bench) -> Iterator[Cell]:
     """Every skill under its own adapter."""
     for task, only in enumerate(torch.eye(len(bench.bank.names))):
-        yield from scored(bench, name, CENTRE, single(bench, task), only, None)
+        yield from scored(bench, name, CENTRE, teachers.alone(bench.bank, task), only, None)
 
 
 def by_row(row: Row, name: str, bench: Bench) -> Iterator[Cell]:

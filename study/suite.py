@@ -12,6 +12,7 @@ from torch import Tensor
 from dynmerge.evaluation.bootstrap import Estimate, combined, mean, resamplings, share
 from dynmerge.merging.demands import BEST
 from study.cells import Cell, read_cells
+from study.inputs import bench_of
 from study.methods import FORM_ROWS, ROWS
 from study.places import CENTRE, places
 from study.suites import SUITES
@@ -31,16 +32,23 @@ class Suite:
 
     @classmethod
     def read(cls, name: str) -> Suite:
-        """All seeds that were measured. Raises ValueError where rows saw other examples."""
+        """All seeds that were measured.
+
+        Raises ValueError where rows of one seed were of other adapters or saw other examples.
+        """
         cells = {
             (cell.method, cell.at, cell.task, seed): cell
             for seed in SUITES[name].seeds
             for cell in read_cells(name, seed)
         }
         counts: dict[str, list[int]] = {}
+        benches: dict[int, str] = {}
         for (method, _, task, seed), cell in cells.items():
             if counts.setdefault(task, cell.counts) != cell.counts:
                 raise ValueError(f"{name} {seed} {method}: other examples of {task} than before")
+            bench = bench_of(cell.inputs)
+            if benches.setdefault(seed, bench) != bench:
+                raise ValueError(f"{name} {seed} {method}: other adapters or examples than before")
         return cls(name, cells)
 
     @property

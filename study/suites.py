@@ -12,9 +12,12 @@ GRID, GRID_STEPS = "grid:", 4  # fronts between three skills
 GRIDS = tuple(
     f"{GRID}{row}" for row in ("mean", "linear-p4", "adamerging-rho-scaled", "tara-a-map")
 )
-OTHER_BANKS = ("joint", "osrm-mean", "osrm-p4")  # adapters trained another way
+OTHER_BANKS = ("joint", "osrm-single", "osrm-mean", "osrm-p4")  # adapters trained another way
 # One question each: what would another setting have gained?
-SETTINGS = ("tara-a-tchebycheff", "tara-a-published-250", "tara-b-map", *FORM_ROWS)
+SETTINGS = (
+    *("gauss-newton", "tara-a-tchebycheff", "tara-a-published-250", "tara-b-map"),
+    *FORM_ROWS,
+)
 # A generative row costs fifty encoder's.
 GENERATIVE = (
     *("zero-shot", "mean", "mean-gamma", "linear-p4", "ratio-start", "tuned", "s-only", "pico"),
@@ -49,6 +52,6 @@ SUITES: Mapping[str, Scope] = {
         seeds=(20, 21, 22),
         every=("single", *GENERATIVE),
         once=(*(name for name in ROWS if name not in (*GENERATIVE, *SETTINGS)), *OTHER_BANKS),
-        away=frozenset(("mean", "adamerging-map", "tara-a-map", "core-map")),
+        away=frozenset(("mean", "tuned", "adamerging-map", "tara-a-map", "core-map")),
     ),
 }

@@ -44,17 +44,17 @@ class PerTask(Learned):
 def trained(
     bench: Bench, plan: Plan, start: Learned | None = None, at: Tensor | None = None
 ) -> Run:
-    """One calibration run to its end; kept for who asks again. A plan of form `fixed` is found for
-    `at`, by default the uniform preference.
+    """One calibration run to its end, or as it was kept from before.
 
-    Without a start of its own it tries all that its form has, as `dynmerge calibrate` does.
+    A plan of form `fixed` is found for `at`, by default the uniform preference. Without a start of
+    its own it tries all that its form has, as `dynmerge calibrate` does.
     """
     if plan.form == "fixed":
         plan = replace(plan, at=tuple((bench.centre if at is None else at).tolist()))
     settled = replace(bench.pace(plan), seed=bench.seed)
     first = start or Learned.start(bench.bank, plan.method, plan.form)
     path = cache_folder() / "learned" / f"{key_of(bench, settled, first)}.pt"
-    if path.is_file():
+    if bench.keep and path.is_file():
         kept = torch.load(path, weights_only=True)
         return Run(first.holding(kept["best"]), first.holding(kept["last"]), kept["checks"])
     texts, guard = bench.splits["calibration"], bench.splits["guard"]

@@ -3,16 +3,14 @@
 import random
 from collections import Counter
 
-import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 from dynmerge.texts.examples import Examples
-from study.encoder import EncoderExamples, accuracy, embed, pooled
+from study.encoder import EncoderExamples, embed, pooled
 from study.encoder_tasks import Row, interleaved, split_rows
-from study.encoder_training import batches, start_at
+from study.encoder_training import batches
 
 TOKENS = [[2, 5, 6, 3], [2, 7, 3], [2, 8, 9, 10, 11, 3]]
 SIZES = {"train": 30, "calibration": 10, "validation": 10, "test": 40}
@@ -31,10 +29,14 @@ def tiny_bert() -> BertModel:
     return BertModel(config).eval()
 
 
-def tiny_examples(encoder: torch.nn.Module, labels: tuple[int, ...] = (0, 1, 1)) -> EncoderExamples:
+def tiny_examples(
+    encoder: torch.nn.Module,
+    labels: tuple[int, ...] = (0, 1, 1),
+    classes: tuple[str, ...] = ("no", "yes"),
+) -> EncoderExamples:
     chosen = [Row(str(label), f"text {n}", label) for n, label in enumerate(labels)]
     head = torch.nn.functional.normalize(torch.randn(2, 16), dim=-1)
-    return EncoderExamples(encoder, head, chosen, TOKENS)
+    return EncoderExamples(encoder, head, classes, chosen, TOKENS)
 
 
 def many_rows(classes: int, count: int) -> list[Row]:
@@ -93,17 +95,11 @@ def test_each_text_gives_one_prediction_in_the_order_asked() -> None:
         assert_close(asked.logits([2, 0]), asked.logits([0, 1, 2])[[2, 0]])
 
 
-def test_the_digest_names_the_texts_and_their_classes() -> None:
+def test_the_digest_names_the_texts_their_classes_and_the_classes_words() -> None:
     encoder = tiny_bert()
     assert tiny_examples(encoder).digest == tiny_examples(encoder).digest
     assert tiny_examples(encoder).digest != tiny_examples(encoder, (0, 1, 0)).digest
-
-
-def test_accuracy_is_the_share_of_right_predictions_at_any_batch_size() -> None:
-    asked = tiny_examples(tiny_bert())
-    with torch.no_grad():
-        right = (asked.logits([0, 1, 2]).argmax(-1) == asked.targets([0, 1, 2])).double().mean()
-    assert accuracy(asked, batch=2) == accuracy(asked, batch=64) == pytest.approx(float(right))
+    assert tiny_examples(encoder).digest != tiny_examples(encoder, classes=("bad", "good")).digest
 
 
 def test_an_epoch_asks_every_row_once() -> None:
@@ -111,14 +107,3 @@ def test_an_epoch_asks_every_row_once() -> None:
     made = batches({"a": asked, "b": asked}, random.Random(0))
     assert sorted(task for task, _ in made) == ["a", "b"]
     assert all(sorted(rows) == [0, 1, 2] for _, rows in made)
-
-
-def test_a_start_is_written_into_lora_a_or_refused() -> None:
-    peft = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"]))
-    module = "encoder.layer.1.attention.self.query"
-    start = torch.randn(2, 16)
-    start_at(peft, {module: start})
-    assert_close(peft.get_parameter(f"base_model.model.{module}.lora_A.default.weight"), start)
-    for wrong in ({module: start[:1]}, {"encoder.layer.1.attention.self.key": start}):
-        with pytest.raises(ValueError, match="no lora_A of shape"):
-            start_at(peft, wrong)
