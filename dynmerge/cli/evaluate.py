@@ -16,7 +16,7 @@ from dynmerge.cli.tasks import Task, read_tasks
 from dynmerge.errors import ConfigError
 from dynmerge.evaluation.curves import draw_curves, draw_front
 from dynmerge.evaluation.results import Results
-from dynmerge.evaluation.scores import evaluate
+from dynmerge.evaluation.scores import check_samples, evaluate
 from dynmerge.evaluation.simplex import corners, even_grid, uniform
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.demands import default_for
@@ -48,6 +48,7 @@ def run(
     bank = load_bank(bank_folder)
     _check_skills(bank, tasks, tasks_file)
     recipes = recipes_of(bank, list(tasks), wanted)
+    check_samples(wanted.samples, len(recipes), len(tasks))
     rows = {skill: _rows(task, f"{tasks_file}: {skill}") for skill, task in tasks.items()}
     _check_output(output)
     student, loaded = open_student(bank_folder, bank, base)
@@ -86,8 +87,8 @@ def recipes_of(bank: FactorBank, skills: Sequence[str], wanted: Wanted) -> list[
 
 
 def _methods(text: str) -> list[MethodChoice]:
-    """`linear, ties;density=0.3`: separated by spaces or commas."""
-    items = [item for item in re.split(r"[,\s]+", text) if item]
+    """`linear, ties; density=0.3`: separated by spaces or commas, but for spaces after a `;`."""
+    items = [item for item in re.split(r"[,\s]+", re.sub(r";\s+", ";", text)) if item]
     if not items:
         raise ConfigError(f"{METHODS}: {text!r} names none; leave it out for what the bank serves")
     return [parse_method(item, METHODS) for item in items]

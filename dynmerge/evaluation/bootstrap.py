@@ -5,7 +5,7 @@ luck cancels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from dynmerge.merging.sparsify import generator
 
 SAMPLES, LEVEL = 2000, 0.95
+CHUNK = 2**18  # entries of resamplings that are held at once, 2 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,25 @@ def resamplings(examples: int, samples: int, seed: int, name: str) -> Tensor:
 
     Tasks of different names are resampled apart.
     """
-    rng = generator(seed, "bootstrap", name)
-    drawn = torch.randint(examples, (samples, examples), generator=rng)
-    weights = torch.zeros(samples, examples, dtype=torch.float64)
-    return weights.scatter_add_(1, drawn, torch.ones_like(weights))
+    return torch.cat(list(_chunks(examples, samples, seed, name)))
 
 
 def share(parts: Tensor, wholes: Tensor, weights: Tensor) -> Estimate:
     """sum parts / sum wholes over examples (examples,), resampled by `weights`."""
     parts, wholes = parts.double(), wholes.double()
     return Estimate(float(parts.sum() / wholes.sum()), (weights @ parts) / (weights @ wholes))
+
+
+def shares(parts: Tensor, wholes: Tensor, samples: int, seed: int, name: str) -> list[Estimate]:
+    """`share` of each row of parts (n, examples) by `resamplings`, which it never holds all of."""
+    parts, wholes = parts.double(), wholes.double()
+    draws = torch.empty(len(parts), samples, dtype=torch.float64)
+    start = 0
+    for weights in _chunks(len(wholes), samples, seed, name):
+        draws[:, start : start + len(weights)] = (parts @ weights.T) / (weights @ wholes)
+        start += len(weights)
+    values = (parts.sum(-1) / wholes.sum()).tolist()
+    return [Estimate(*one) for one in zip(values, draws, strict=True)]
 
 
 def combined(estimates: Sequence[Estimate], function: Callable[[Tensor], Tensor]) -> Estimate:
@@ -92,3 +102,13 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 def least(estimates: Sequence[Estimate]) -> Estimate:
     """The smallest of them."""
     return combined(estimates, lambda all: all.amin(-1))
+
+
+def _chunks(examples: int, samples: int, seed: int, name: str) -> Iterator[Tensor]:
+    """The rows of `resamplings`, some at a time: a generator draws the same in pieces."""
+    rng = generator(seed, "bootstrap", name)
+    rows = max(1, CHUNK // examples)
+    for start in range(0, samples, rows):
+        drawn = torch.randint(examples, (min(rows, samples - start), examples), generator=rng)
+        weights = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield weights.scatter_add_(1, drawn, torch.ones_like(weights))

@@ -22,7 +22,10 @@ Point = tuple[Interval, Interval]
 
 
 def draw_curves(results: Results) -> Figure:
-    """By skill: its normalised accuracy over its share of the preference, a line per method."""
+    """By skill: its normalised accuracy over its share of the preference, a line per method.
+
+    Merges by raw weights have no share, and are left out.
+    """
     figure, panels = _panels(len(results.tasks), "share of the preference")
     for panel, (skill, axes) in enumerate(zip(results.tasks, panels, strict=False)):
         for look, (method, merges) in enumerate(_by_method(results).items()):
@@ -30,6 +33,7 @@ def draw_curves(results: Results) -> Figure:
                 (
                     (merge.shares.get(skill, 0.0), merge.skills[skill].normalised)
                     for merge in merges
+                    if merge.shares is not None
                 ),
                 key=lambda point: point[0],
             )

@@ -76,7 +76,7 @@ def monotonicity(
 def steps(preferences: Sequence[Preference], skills: Sequence[str]) -> list[tuple[int, int, str]]:
     """(from, to, skill): neighbours that differ in two skills, the one named getting more.
 
-    Neighbours have no other preference between them on their line.
+    Neighbours have no other preference between them on their line. Raw weights are on none.
     """
     found = []
     for gains in skills:
@@ -85,6 +85,8 @@ def steps(preferences: Sequence[Preference], skills: Sequence[str]) -> list[tupl
                 continue
             lines: dict[tuple[tuple[str, int], ...], list[tuple[int, int]]] = {}
             for index, preference in enumerate(preferences):
+                if preference.is_raw:
+                    continue
                 shares = dict(preference.thousandths)
                 share, other = shares.pop(gains, 0), shares.pop(pays, 0)
                 line = (*sorted(shares.items()), ("both", share + other))

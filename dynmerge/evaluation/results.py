@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
+from dynmerge.errors import ConfigError
 from dynmerge.evaluation.bootstrap import (
     LEVEL,
     SAMPLES,
@@ -15,9 +16,8 @@ from dynmerge.evaluation.bootstrap import (
     mean,
 )
 from dynmerge.evaluation.front import Monotonicity, hypervolume, monotonicity, on_front
-from dynmerge.evaluation.scores import Evaluation, Judgement, Score
-from dynmerge.merging.choice import parse_method
-from dynmerge.recipe import MethodChoice, Recipe
+from dynmerge.evaluation.scores import Evaluation, Judgement, Score, stated
+from dynmerge.recipe import Recipe
 from dynmerge.texts.examples import Examples
 
 
@@ -44,11 +44,15 @@ class SkillEntry:
 
 @dataclass(frozen=True, slots=True)
 class MergeEntry:
-    """One merge. `average` is over the skills, of normalised accuracies."""
+    """One merge. `average` is over the skills, of normalised accuracies.
+
+    A preference has shares; multipliers, which are no point of the simplex, are raw weights.
+    """
 
     method: str
     preference: str
-    shares: dict[str, float]
+    shares: dict[str, float] | None
+    raw_weights: dict[str, float] | None
     recipe: str
     skills: dict[str, SkillEntry]
     average: Interval
@@ -90,7 +94,12 @@ class Results:
         samples: int = SAMPLES,
         seed: int = 0,
     ) -> "Results":
-        """The numbers of an evaluation of `examples` on the base model and bank so named."""
+        """The numbers of an evaluation of `examples` on the base model and bank so named.
+
+        Raises ConfigError where no merge was evaluated, or `check_samples` refuses.
+        """
+        if not evaluation.scores:
+            raise ConfigError("no recipe was evaluated: results are of one merge or more")
         judgement = Judgement(evaluation, samples, seed)
         front = on_front([judgement.accuracies(scores) for _, scores in evaluation.scores])
         merges = [
@@ -159,19 +168,12 @@ class Results:
                 "",
                 "Over all preferences, normalised. Hypervolume: above 0 in every skill. Steps "
                 "kept: of the steps between neighbouring preferences that give a skill more, how "
-                "many do not lower its accuracy beyond their interval.",
+                "many do not lower its accuracy beyond their interval; raw weights are no steps.",
                 "",
                 *_markdown(*self.method_table()),
                 "",
             ]
         )
-
-
-def stated(method: MethodChoice) -> str:
-    """A method's text without what goes without saying; it reads back as the same method."""
-    defaults = parse_method(method.name).parameters
-    own = tuple(given for given in method.parameters if given not in defaults)
-    return str(replace(method, parameters=own))
 
 
 def _task_entry(judgement: Judgement, skill: str, score: Score, digest: str) -> TaskEntry:
@@ -197,10 +199,12 @@ def _merge_entry(
         )
         for skill, score in scores.items()
     }
+    preference = recipe.preference
     return MergeEntry(
         stated(recipe.method),
-        str(recipe.preference),
-        recipe.preference.weights,
+        str(preference),
+        None if preference.is_raw else preference.weights,
+        preference.weights if preference.is_raw else None,
         recipe.digest,
         skills,
         judgement.average(scores).interval(),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.storage import add_calibration, load_bank
@@ -44,7 +45,7 @@ def test_evaluate_writes_numbers_tables_and_figures(
 ) -> None:
     out = tmp_path / "new" / "out"
     code, shown, _ = run(
-        "evaluate", bank, tasks, "-o", out, "--methods", "linear, ties;density=0.3",
+        "evaluate", bank, tasks, "-o", out, "--methods", "linear, ties;  density=0.3",
         "-m", "pico+linear", "-p", "grid:2", "-p", "corners uniform", "-p", "ada=0.7, cyd=0.3",
         "--samples", 100, "--batch", 3,
     )  # fmt: skip
@@ -148,6 +149,8 @@ def test_what_is_refused_leaves_no_folder(
         (("-m", " , "), "--methods: ' , ' names none"),
         (("-m", ""), "--methods: '' names none"),
         (("-m", "lora-soups"), "--methods: lora-soups needs learned weights"),
+        (("-m", "ties; , linear"), "--methods: 'ties;' is not a method"),
+        (("-p", "grid:500", "--samples", 99_999), "99999 resamplings of 501 merges"),
     ],
 )
 def test_a_wrong_wish_is_named_before_the_model_is_loaded(
@@ -173,3 +176,41 @@ def test_a_folder_that_cannot_be_is_refused(
     code, _, err = run("evaluate", bank, tmp_path / "none.yaml", "-o", tmp_path / "out")
     assert code == 2
     assert "none.yaml cannot be read" in err
+
+
+def test_raw_weights_are_told_as_such(run: Run, bank: Path, tasks: Path, tmp_path: Path) -> None:
+    wishes = ("-p", "corners", "-p", "ada=2, bob=-1;raw")
+    code, shown, _ = run("evaluate", bank, tasks, "-o", tmp_path, "--samples", 100, *wishes)
+    assert code == 0
+    assert "ada=2, bob=-1;raw" in shown
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [(merge["shares"], merge["raw_weights"]) for merge in data["merges"]] == [
+        ({"ada": 1.0}, None),
+        ({"bob": 1.0}, None),
+        (None, {"ada": 2.0, "bob": -1.0}),
+    ]
+    assert data["methods"][0]["monotonicity"]["steps"] == 2
+
+
+def test_an_adapter_that_overflows_is_refused_by_name(
+    run: Run,
+    base_folder: Path,
+    adapter_folders: dict[str, Path],
+    tasks: Path,
+    tmp_path: Path,
+) -> None:
+    """With labels the share of the first one would count as its accuracy."""
+    huge = Path(shutil.copytree(adapter_folders["ada"], tmp_path / "huge"))
+    file = huge / "adapter_model.safetensors"
+    scaled = {
+        key: value * (1e37 if "lora_B" in key else 1.0) for key, value in load_file(file).items()
+    }
+    save_file(scaled, file)
+    pairs = (f"--adapter=ada={huge}", f"--adapter=bob={adapter_folders['bob']}")
+    folder, out = tmp_path / "bank", tmp_path / "out"
+    assert run("build", base_folder, *pairs, "-o", folder)[0] == 0
+    tasks.write_text('ada: {file: bob.jsonl, labels: ["yes", "no"]}')
+    code, shown, err = run("evaluate", folder, tasks, "-o", out, "--samples", 100)
+    assert (code, shown) == (2, "")
+    assert "error: linear at ada=1 predicts NaN on the examples of 'ada'" in err
+    assert not list(out.iterdir())

@@ -1,9 +1,11 @@
+import hashlib
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from dynmerge.evaluation import bootstrap
 from dynmerge.evaluation.bootstrap import (
     Estimate,
     difference,
@@ -12,6 +14,7 @@ from dynmerge.evaluation.bootstrap import (
     ratio,
     resamplings,
     share,
+    shares,
 )
 
 
@@ -46,6 +49,46 @@ def test_resamplings_are_whole_numbers_that_come_again() -> None:
     assert torch.equal(weights, resamplings(7, 50, 3, "math"))
     assert not torch.equal(weights, resamplings(7, 50, 3, "code"))
     assert not torch.equal(weights, resamplings(7, 50, 4, "math"))
+
+
+def test_the_same_seed_draws_what_it_always_drew() -> None:
+    """Published intervals (docs/quality.json) are made of these draws."""
+    first = [[2.0, 1.0, 0.0, 0.0, 2.0], [2.0, 1.0, 0.0, 1.0, 1.0], [1.0] * 5]
+    assert resamplings(5, 3, 0, "math").tolist() == first
+    several = resamplings(3000, 2500, 0, "b")
+    assert several.dtype == torch.float64
+    content = hashlib.sha256(several.numpy().tobytes()).hexdigest()
+    assert content.startswith("ce0df64757c40cc9e1b0e551d66adcdd")
+
+
+def test_shares_are_those_of_the_resamplings_that_are_not_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = torch.Generator().manual_seed(2)
+    wholes = torch.randint(1, 9, (70,), generator=rng)
+    parts = (torch.rand(3, 70, generator=rng) * (wholes + 1)).floor()
+    weights = resamplings(70, 101, 4, "math")
+    monkeypatch.setattr(bootstrap, "CHUNK", 700)
+    assert torch.equal(resamplings(70, 101, 4, "math"), weights)
+    for part, found in zip(parts, shares(parts, wholes, 101, 4, "math"), strict=True):
+        expected = share(part, wholes, weights)
+        assert found.value == expected.value
+        assert torch.equal(found.draws, expected.draws)
+
+
+def test_shares_hold_no_more_than_a_chunk_of_the_resamplings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, draw = [], torch.randint
+
+    def counted(high: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+        drawn.append(size)
+        return draw(high, size, generator=generator)
+
+    monkeypatch.setattr(torch, "randint", counted)
+    shares(torch.ones(1, 5000), torch.ones(5000), 2000, 0, "math")
+    assert max(rows * examples for rows, examples in drawn) <= bootstrap.CHUNK
+    assert sum(rows for rows, _ in drawn) == 2000
 
 
 def test_pairs_share_their_luck() -> None:

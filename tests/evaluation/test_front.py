@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from dynmerge.errors import ConfigError
 from dynmerge.evaluation.bootstrap import Estimate, difference, least, mean, ratio
 from dynmerge.evaluation.front import (
     dominated_volume,
@@ -12,7 +11,7 @@ from dynmerge.evaluation.front import (
     on_front,
     steps,
 )
-from dynmerge.evaluation.simplex import corners, even_grid, uniform
+from dynmerge.evaluation.simplex import corners, even_grid
 from dynmerge.preference import Preference
 from tests import reference
 
@@ -83,6 +82,10 @@ def test_steps_lead_to_the_next_preference_that_gives_more_to_one_at_another_s_c
         Preference.of({"a": 0.5, "b": 0.2}, normalize=False),
     ]
     assert steps(raw, ["a", "b"]) == []
+    beyond = Preference.of({"a": 2.0, "b": -1.0}, normalize=False, allow_negative=True)
+    further = Preference.of({"a": 1.5, "b": -0.5}, normalize=False, allow_negative=True)
+    found = steps([beyond, further, *corners(["a", "b"])], ["a", "b"])
+    assert found == [(3, 2, "a"), (2, 3, "b")]
     assert steps([*corners(["a", "b"]), *corners(["a", "b"])], ["a", "b"]).count((0, 1, "b")) <= 1
 
 
@@ -97,16 +100,3 @@ def test_monotonicity_counts_steps_that_do_not_fall() -> None:
     unsure = [sure(0.5, 0.1, spread=0.3), sure(0.6, 0.5, spread=-0.3), sure(0.2, 0.8)]
     found = monotonicity(grid, unsure)
     assert (found.as_measured, found.within) == (3, 4)
-
-
-def test_words_for_preferences() -> None:
-    assert [str(found) for found in corners(["b", "a"])] == ["b=1", "a=1"]
-    assert uniform(["a", "b"]).weights == {"a": 0.5, "b": 0.5}
-    assert len(even_grid(["a", "b", "c"], 5)) == 21
-    assert str(even_grid(["a", "b", "c"], 5)[1]) == "a=0.8, b=0.2"
-    with pytest.raises(ConfigError, match="two or three skills; here are 4"):
-        even_grid(["a", "b", "c", "d"], 5)
-    with pytest.raises(
-        ConfigError, match="3 steps is not even in thousandths; take one of 1, 2, 4"
-    ):
-        even_grid(["a", "b"], 3)

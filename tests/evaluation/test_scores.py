@@ -1,5 +1,4 @@
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -7,60 +6,21 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dynmerge.adapters.adapter import Adapter
+from dynmerge.adapters.lowrank import LowRank
 from dynmerge.bank.bank import BaseIdentity
 from dynmerge.bank.build import build_bank
-from dynmerge.errors import ExamplesError
-from dynmerge.evaluation.curves import draw_curves, draw_front
-from dynmerge.evaluation.results import Results, stated
-from dynmerge.evaluation.scores import Judgement, evaluate, own_recipe
+from dynmerge.errors import ConfigError, ExamplesError
+from dynmerge.evaluation import scores
+from dynmerge.evaluation.bootstrap import resamplings, share
+from dynmerge.evaluation.scores import Judgement, check_samples, evaluate, own_recipe, score, stated
 from dynmerge.merging.choice import default_method, parse_method
-from dynmerge.preference import Preference
-from dynmerge.recipe import Recipe
 from dynmerge.student import Student
 from dynmerge.texts.language import Choices
-from dynmerge.texts.passages import Passage, Passages
+from dynmerge.texts.passages import Passages
 from dynmerge.texts.rows import Row
 from tests.conftest import tiny_model
-from tests.engines.conftest import greedy_steps, prompt, skills
+from tests.evaluation.conftest import LABELS, recipe
 from tests.reference import accuracy_and_nats, merged_deltas, written_out
-
-LABELS = ("yes", "no", "mix")
-
-
-@pytest.fixture
-def adapters() -> Mapping[str, Adapter]:
-    return skills(tiny_model())
-
-
-@pytest.fixture
-def student(adapters: Mapping[str, Adapter]) -> Iterator[Student]:
-    made = Student(tiny_model(), build_bank(BaseIdentity("tiny", "0" * 64), adapters))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def examples(
-    student: Student, adapters: Mapping[str, Adapter], base_folder: Path
-) -> dict[str, Passages]:
-    """For ada, what she says herself and what the base model says; for bob, labels."""
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    assert isinstance(student.model, PreTrainedModel)
-    speakers = [written_out(tiny_model(), merged_deltas(adapters, {"ada": 1.0})), tiny_model()]
-    said = []
-    for n in range(14):
-        asked = prompt(9 + n, n)
-        answer, _ = greedy_steps(speakers[n % 3 == 0], asked, 1 + n % 5)
-        said.append(Passage((*asked, *answer[:-1]), tuple(answer)))
-    labelled = [Row(prompt=f"mix {n}", answer=LABELS[n % 3]) for n in range(14)]
-    return {
-        "ada": Passages(student.model, said),
-        "bob": Choices(student.model, tokenizer, labelled, LABELS),
-    }
-
-
-def recipe(student: Student, weights: Mapping[str, float], method: str = "linear") -> Recipe:
-    return Recipe(Preference.of(weights), parse_method(method), student.bank.digest)
 
 
 def by_hand(
@@ -131,35 +91,86 @@ def test_what_has_no_answers_cannot_be_evaluated(student: Student, base_folder: 
         evaluate(student, {"bob": unlabelled}, [])
 
 
-def test_results_say_it_all(student: Student, examples: dict[str, Passages]) -> None:
-    wishes = [{"ada": 1.0}, {"ada": 0.5, "bob": 0.5}, {"bob": 1.0}]
-    methods = ["linear", "ties;density=0.5"]
-    recipes = [recipe(student, wish, method) for method in methods for wish in wishes]
-    found = evaluate(student, examples, recipes)
-    results = Results.of(found, examples, "tiny", student.bank.digest, samples=200, seed=3)
-    assert [entry.method for entry in results.methods] == methods
-    assert [merge.preference for merge in results.merges[:3]] == [
-        "ada=1",
-        "ada=0.5, bob=0.5",
-        "bob=1",
-    ]
-    assert results.methods[0].over_first.value == 0
-    assert results.methods[0].monotonicity.steps == 4
-    first = results.merges[0]
-    assert first.skills["ada"].accuracy.value == found.scores[0][1]["ada"].accuracy
-    assert first.skills["ada"].normalised.value == 1
-    assert any(merge.on_front for merge in results.merges)
-    ratios = [skill.normalised.value for skill in results.merges[1].skills.values()]
-    assert results.merges[1].average.value == pytest.approx(sum(ratios) / 2)
-    data = json.loads(results.to_json())
-    assert data["merges"][4]["skills"]["bob"]["right"] == found.scores[4][1]["bob"].right.tolist()
-    assert data["tasks"]["ada"]["predictions"] == examples["ada"].counts(range(14))
-    assert data["tasks"]["ada"]["digest"] == examples["ada"].digest
-    again = Results.of(found, examples, "tiny", student.bank.digest, samples=200, seed=3)
-    assert again == results
-    text = results.to_markdown()
-    assert "| ties;density=0.5 | ada=0.5, bob=0.5 |" in text
-    assert f"| {first.skills['ada'].accuracy} |" in text
+def test_without_examples_nothing_can_be_evaluated(student: Student) -> None:
+    assert isinstance(student.model, PreTrainedModel)
+    with pytest.raises(ExamplesError, match="no examples of any skill"):
+        evaluate(student, {}, [own_recipe(student.bank, "ada")])
+    with pytest.raises(ExamplesError, match="the examples of 'ada' ask for no prediction"):
+        evaluate(student, {"ada": Passages(student.model, [])}, [])
+
+
+def with_one_too_large(adapters: Mapping[str, Adapter], skill: str) -> Student:
+    """That skill's adapter makes float32 overflow, as one whose training diverged."""
+    updates = adapters[skill].modules.items()
+    modules = {name: LowRank(A=update.A, B=update.B * 1e37) for name, update in updates}
+    changed = {**adapters, skill: Adapter(modules, "tiny")}
+    return Student(tiny_model(), build_bank(BaseIdentity("tiny", "0" * 64), changed))
+
+
+def test_a_merge_that_predicts_nan_is_refused_by_name(
+    adapters: Mapping[str, Adapter], examples: dict[str, Passages]
+) -> None:
+    student = with_one_too_large(adapters, "cyd")
+    asked = {"bob": moved(examples["bob"], student)}
+    wish = recipe(student, {"bob": 0.5, "cyd": 0.5}, "ties;density=0.5")
+    expected = r"^ties;density=0.5 at bob=0.5, cyd=0.5 predicts NaN on the examples of 'bob'"
+    with pytest.raises(ExamplesError, match=expected):
+        evaluate(student, asked, [wish])
+    student.close()
+
+
+def test_an_own_adapter_that_predicts_nan_is_found_before_any_merge_is_run(
+    adapters: Mapping[str, Adapter], examples: dict[str, Passages]
+) -> None:
+    student = with_one_too_large(adapters, "bob")
+    asked = {skill: moved(examples[skill], student) for skill in ("ada", "bob")}
+    wishes = [recipe(student, {"ada": 0.8, "cyd": 0.2}), recipe(student, {"ada": 0.5, "bob": 0.5})]
+    done: list[int] = []
+    with pytest.raises(ExamplesError, match=r"^linear at bob=1 predicts NaN on .* 'bob'"):
+        evaluate(student, asked, wishes, progress=lambda now, total: done.append(now))
+    assert done[-1] == len(asked["ada"]) + len(asked["bob"])
+    student.close()
+
+
+def moved(examples: Passages, student: Student) -> Passages:
+    """The same examples of another student's model."""
+    assert isinstance(student.model, PreTrainedModel)
+    return Passages(student.model, examples.passages, examples.classes)
+
+
+def test_a_prediction_that_is_none_is_not_right(examples: dict[str, Passages]) -> None:
+    """Though the likeliest of NaNs is the first class, which is right for a third of bob's."""
+    head = examples["bob"].model.lm_head
+    head.register_forward_hook(lambda _layer, _inputs, output: output * torch.nan)
+    found = score(examples["bob"])
+    assert found.accuracy == 0
+    assert found.nats.isnan().all()
+
+
+def test_estimates_are_those_of_the_resamplings_whole(
+    student: Student, examples: dict[str, Passages]
+) -> None:
+    wishes = [own_recipe(student.bank, "ada"), recipe(student, {"ada": 0.5, "bob": 0.5})]
+    found = evaluate(student, examples, wishes)
+    judgement = Judgement(found, samples=200, seed=3)
+    for by_skill in (found.alone, *(by_skill for _, by_skill in found.scores)):
+        for skill, estimate in judgement.accuracies(by_skill).items():
+            one, weights = by_skill[skill], resamplings(14, 200, 3, skill)
+            expected = share(one.right, one.counts, weights)
+            assert estimate.value == expected.value
+            assert torch.equal(estimate.draws, expected.draws)
+
+
+def test_more_numbers_than_memory_should_hold_are_refused(
+    student: Student, examples: dict[str, Passages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_samples(100_000, 165, 3)
+    with pytest.raises(ConfigError, match=r"are 120300000 numbers, and .* at most 41562 resampl"):
+        check_samples(100_000, 400, 3)
+    found = evaluate(student, examples, [own_recipe(student.bank, "ada")])
+    monkeypatch.setattr(scores, "HELD", 799)
+    with pytest.raises(ConfigError, match="200 resamplings of 1 merges"):
+        Judgement(found, samples=200)
 
 
 def test_a_method_is_told_without_its_defaults() -> None:
@@ -167,28 +178,3 @@ def test_a_method_is_told_without_its_defaults() -> None:
     for text in ("ties;density=0.5", "pico+linear+svc;floor=0.2;p=2", "dare-ties;seed=4"):
         assert stated(parse_method(text)) == text
     assert parse_method(stated(parse_method("ties;density=0.2"))) == parse_method("ties")
-
-
-def test_figures_have_a_panel_for_each_skill_and_pair(
-    student: Student, examples: dict[str, Passages]
-) -> None:
-    recipes = [
-        recipe(student, {"ada": 1}),
-        recipe(student, {"bob": 1}),
-        recipe(student, {"bob": 1}, "ties"),
-    ]
-    found = evaluate(student, examples, recipes)
-    results = Results.of(found, examples, "tiny", student.bank.digest, samples=100)
-    curves, front = draw_curves(results), draw_front(results)
-    assert len(curves.axes) == 2
-    assert "ada" in curves.axes[0].get_title(loc="left")
-    assert [text.get_text() for text in curves.axes[0].get_legend().get_texts()] == [
-        "linear",
-        "ties",
-    ]
-    assert len(front.axes) == 1
-    assert (front.axes[0].get_xlabel(), front.axes[0].get_ylabel()) == ("ada", "bob")
-    alone = {"ada": examples["ada"]}
-    found = evaluate(student, alone, recipes[:1])
-    results = Results.of(found, alone, "tiny", student.bank.digest, samples=100)
-    assert draw_front(results).axes[0].get_ylabel() == "worst skill"
