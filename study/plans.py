@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dynmerge.calibration.plan import PULLS, Objective, Plan
+from dynmerge.calibration.plan import Objective, Plan
 
 FEW_STEPS = 40
 
@@ -16,10 +16,10 @@ def at_centre(method: str, objective: Objective) -> Plan:
 
 def reference_plan(method: str, objective: Objective = "distil") -> Plan:
     """Free coefficients at one preference, in as many steps as a map for all."""
-    return Plan(method, "fixed", objective, pull=PULLS.get(method, 0.0))
+    return Plan(method, "fixed", objective)
 
 
 def for_all(method: str, form: str = "ratio", rate: float | None = None) -> Plan:
     """A map for every preference, distilled: what `dynmerge calibrate` does unless told."""
-    plan = Plan(method, form, pull=PULLS.get(method, 0.0))
+    plan = Plan(method, form)
     return plan if rate is None else replace(plan, rate=rate)

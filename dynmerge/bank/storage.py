@@ -44,8 +44,9 @@ def save_bank(
 ) -> Manifest:
     """Write `bank` to `folder`, whole or not at all. `source` is where its base model came from.
 
-    An existing bank is refused, or with `replace` stays until the new one is complete; anything
-    else at `folder` is refused. Raises BankError, also when the disk is full.
+    An existing bank is refused, or with `replace` stays until the new one is complete, and what it
+    carries goes with it: `carried_over` keeps that. Anything else at `folder` is refused. Raises
+    BankError, also when the disk is full.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link at `folder`
     check_target(folder, replace)
@@ -80,6 +81,26 @@ def drop_calibration(folder: Path, method: str) -> Manifest:
     with locked(folder):
         before = read_manifest(folder)
         return _relearned(folder, before, without_calibration(load_bank(folder), method))
+
+
+def carried_over(bank: FactorBank, folder: Path) -> tuple[FactorBank, dict[str, str]]:
+    """`bank` with the calibrations in `folder` that hold for its factors; the others, with reasons.
+
+    Of what was learned for a method the bank's own comes first. To be asked under `locked`. Raises
+    BankError where the bank in `folder` does not say what it carries.
+    """
+    lost: dict[str, str] = {}
+    for entry in read_manifest(folder).calibrations:
+        if entry.method in bank.calibrated:
+            continue
+        if entry.factors != bank.coordinates_digest:
+            lost[entry.method] = "it was learned for other factors"
+            continue
+        try:
+            bank = with_calibration(bank, _read_calibration(folder, entry, "cpu"))
+        except BankError as error:
+            lost[entry.method] = str(error)
+    return bank, lost
 
 
 def _relearned(

@@ -16,7 +16,7 @@ from dynmerge.bank.calibration import AT, Calibration
 from dynmerge.calibration.fisher import information, ridged
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned, weighted
-from dynmerge.calibration.plan import Plan
+from dynmerge.calibration.plan import DEFAULT_FORM, Plan
 from dynmerge.calibration.regmean import regmean_cores, second_moments
 from dynmerge.calibration.train import Check, Training, best_score, improved
 from dynmerge.errors import CalibrationError, ExamplesError
@@ -92,6 +92,11 @@ def check_plan(plan: Plan, bank: FactorBank) -> None:
     if len(bank.names) < 2:
         raise CalibrationError(f"{bank.names[0]} is alone in the bank: there is nothing to merge")
     if plan.method not in GRANULARITIES:
+        if plan.form != DEFAULT_FORM or plan.at is not None:
+            raise CalibrationError(
+                f"{plan.method} trains nothing: it has no form to choose and serves every"
+                f" preference; this plan has the form {plan.form!r} at {plan.at}"
+            )
         if plan.objective == "entropy":
             raise CalibrationError(
                 f"{plan.method} is chosen by the held-out score, which is distil or labels: "

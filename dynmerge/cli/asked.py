@@ -5,7 +5,7 @@ from typing import Any
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.calibration.calibrate import GAUSS_NEWTON, METHODS, check_plan
-from dynmerge.calibration.plan import DEFAULT_FORM, PULLS, Objective, Plan, published
+from dynmerge.calibration.plan import DEFAULT_FORM, Objective, Plan, published
 from dynmerge.errors import CalibrationError, ConfigError
 from dynmerge.preference import Preference
 
@@ -69,10 +69,7 @@ class Asked:
         if form != "fixed" and self.at is not None:
             raise ConfigError(f"--at is for --form fixed; {form} serves every preference")
         at = self._at(bank) if form == "fixed" else None
-        training = self._training()
-        if self.method in PULLS:
-            training.setdefault("pull", PULLS[self.method])
-        return Plan(self.method, form, objective, at, seed=self.drawn_by, **training)
+        return Plan(self.method, form, objective, at, seed=self.drawn_by, **self._training())
 
     @staticmethod
     def _refuse(closed: str, options: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """`dynmerge build`: adapters and the base model they were trained on -> a bank folder."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -11,11 +11,18 @@ from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import fetch_adapter, load_adapter
 from dynmerge.adapters.gate import CONFIG
-from dynmerge.bank.bank import BaseIdentity
+from dynmerge.bank import manifest as manifests
+from dynmerge.bank.bank import BaseIdentity, FactorBank
 from dynmerge.bank.build import build_bank, check_names, with_soups
 from dynmerge.bank.manifest import Manifest
-from dynmerge.bank.storage import check_target, check_writable, locked, save_bank
-from dynmerge.cli.console import Step, line, progress_bar, table
+from dynmerge.bank.storage import (
+    carried_over,
+    check_target,
+    check_writable,
+    locked,
+    save_bank,
+)
+from dynmerge.cli.console import Step, line, note, progress_bar, table
 from dynmerge.errors import AdapterError, BankError
 
 _SOUPS = pydantic.TypeAdapter(dict[str, dict[str, float]])
@@ -33,7 +40,10 @@ def run(
     replace: bool,
     soups: Path | None = None,
 ) -> None:
-    """Build the bank and say what was built; the last line is its folder."""
+    """Build the bank and say what was built; the last line is its folder.
+
+    Of a bank that it replaces the calibrations stay that hold for the new one's factors.
+    """
     check_target(output, replace, option="--replace")
     if output.is_dir():
         check_writable(output)
@@ -53,9 +63,23 @@ def run(
         if weights is not None:
             bank = with_soups(bank, weights)
         with locked(output) if output.is_dir() else nullcontext():
+            bank, losses = _with_what_holds(bank, output)
             written = save_bank(bank, output, source=_lasting(base), replace=replace)
+    for loss in losses:
+        note(loss)
     _say(written)
     line(str(output))
+
+
+def _with_what_holds(bank: FactorBank, output: Path) -> tuple[FactorBank, Sequence[str]]:
+    """The bank with the calibrations in `output` that hold for it, and what is said of the rest."""
+    if not (output / manifests.NAME).exists():
+        return bank, ()
+    try:
+        bank, lost = carried_over(bank, output)
+    except BankError as error:  # often why it is replaced
+        return bank, [f"calibrations of the bank that was there, if any, are lost: {error}"]
+    return bank, [f"the calibration for {method} is lost: {why}" for method, why in lost.items()]
 
 
 def provenance(source: str, folder: Path) -> dict[str, object]:
@@ -120,6 +144,9 @@ def _lasting(base: str) -> str:
 def _say(written: Manifest) -> None:
     line(f"base    {written.base.name}, fingerprint {written.base.fingerprint[:12]}")
     line(f"digest  {written.digest[:12]}, {len(written.modules)} modules")
+    if written.calibrations:
+        kept = ", ".join(entry.method for entry in written.calibrations)
+        line(f"keeps   what was learned for these factors: {kept}")
     line()
     table(
         ("skill", "rank", "modules", "source"),

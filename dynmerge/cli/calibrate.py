@@ -4,23 +4,31 @@ that no longer does.
 A training that is stopped goes on where it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dynmerge.bank.bank import FactorBank
 from dynmerge.bank.calibration import Calibration
-from dynmerge.bank.storage import add_calibration, check_writable, drop_calibration, load_bank
+from dynmerge.bank.storage import (
+    add_calibration,
+    check_writable,
+    drop_calibration,
+    load_bank,
+    read_manifest,
+)
 from dynmerge.calibration.calibrate import GAUSS_NEWTON, UNTAUGHT, calibrate
 from dynmerge.calibration.plan import Plan
 from dynmerge.calibration.train import Training
 from dynmerge.cli.asked import CLOSED, Asked
-from dynmerge.cli.console import Step, line, note, progress_bar, table
+from dynmerge.cli.console import Step, line, note, progress_bar
+from dynmerge.cli.gain import say_gain, say_serving
 from dynmerge.cli.given import Given, Reading
 from dynmerge.cli.state_folder import StateFolder
 from dynmerge.cli.student import open_student
-from dynmerge.errors import CalibrationError, ConfigError, StateError
+from dynmerge.errors import BankError, CalibrationError, ConfigError, StateError
 from dynmerge.student import Student
 from dynmerge.texts.examples import Examples
 
@@ -42,7 +50,7 @@ class Wanted:
 
 def run(folder: Path, wanted: Wanted) -> None:
     """Learn, write the new version of the bank, and say what it gained."""
-    bank = load_bank(folder)
+    bank, watch = _watched(folder)
     for option, named in (("--texts", wanted.texts), ("--held-out", wanted.held_out)):
         _check_known(bank, named, option)
     _check_known(bank, wanted.labels, "--labels")
@@ -58,12 +66,33 @@ def run(folder: Path, wanted: Wanted) -> None:
         kept = StateFolder.of(folder, bank, plan, texts, held_out)
         if wanted.again:
             kept.clear()
-        found = _learned(student, texts, held_out, plan, kept, start("calibrating"))
+        with _naming_what_is_left(kept):
+            report = _Reporter(kept, watch, start("calibrating"))
+            found = _learned(student, texts, held_out, plan, report)
+            written = add_calibration(folder, found)
     student.close()
-    written = add_calibration(folder, found)
     kept.clear()
-    _say(found, written.digest)
+    line(f"method  {found.method}, form {found.form}, digest {found.digest[:12]}")
+    line(f"bank    {written.digest[:12]}")
+    line()
+    say_gain(found)
+    line()
+    say_serving(found, bank, written)
     line(str(folder))
+
+
+@contextmanager
+def _naming_what_is_left(kept: StateFolder) -> Iterator[None]:
+    """Where the bank ends a training, say so of its state too."""
+    try:
+        yield
+    except BankError as error:
+        if not kept.file.exists():
+            raise
+        raise BankError(
+            f"{error}; the same command goes on from {kept.folder} while the bank has the factors "
+            "that it had at first: else delete that folder"
+        ) from error
 
 
 def _learned(
@@ -71,14 +100,13 @@ def _learned(
     texts: Mapping[str, Examples],
     held_out: Mapping[str, Examples],
     plan: Plan,
-    kept: StateFolder,
-    step: Step,
+    report: "_Reporter",
 ) -> Calibration:
     """What `calibrate` finds, from where it was stopped if it was."""
-    report = _Reporter(kept, step)
+    kept = report.kept
     try:
         state = report.going_on_from(kept.read())
-        return calibrate(student, texts, held_out, plan, report, state, step)
+        return calibrate(student, texts, held_out, plan, report, state, report.step)
     except StateError as error:
         raise StateError(f"{kept.file}: {error}: --again starts afresh") from error
     except CalibrationError:
@@ -166,11 +194,38 @@ def _examples(
     return ({}, reading.whole(step)) if plan.method in UNTAUGHT else reading.apart(step)
 
 
-class _Reporter:
-    """After each check: the bar moves, the state is kept."""
+class _Watch:
+    """Whether the bank in `folder` still has the factors of `bank`; others may calibrate it too."""
 
-    def __init__(self, kept: StateFolder, step: Step) -> None:
-        self._kept, self._step = kept, step
+    def __init__(self, folder: Path, bank: FactorBank, seen: str) -> None:
+        self._folder, self._bank = folder, bank
+        self._seen = seen  # the seal of the last description whose factors are known to be these
+
+    def check(self) -> None:
+        """Raise BankError where it has others. Tensors are read only where it was written anew."""
+        now = read_manifest(self._folder).manifest_sha256
+        if now == self._seen:
+            return
+        if load_bank(self._folder).coordinates_digest != self._bank.coordinates_digest:
+            raise BankError(
+                f"{self._folder} was replaced by a bank of other factors, which nothing learned "
+                "here fits"
+            )
+        self._seen = now
+
+
+def _watched(folder: Path) -> tuple[FactorBank, _Watch]:
+    seen = read_manifest(folder).manifest_sha256  # first: what is loaded may be newer, never older
+    bank = load_bank(folder)
+    return bank, _Watch(folder, bank, seen)
+
+
+class _Reporter:
+    """After each check: the bar moves, the state is kept, the bank is looked after."""
+
+    def __init__(self, kept: StateFolder, watch: _Watch, step: Step) -> None:
+        self.kept, self.step = kept, step
+        self._watch = watch
         self.kept_at = 0  # the step from which the same command goes on
         self.ended = False
 
@@ -182,24 +237,8 @@ class _Reporter:
         return state
 
     def __call__(self, training: Training) -> None:
-        self._kept.write(training.state())
+        self.kept.write(training.state())
         self.kept_at = training.step
-        self._step(training.step, training.plan.steps)
+        self.step(training.step, training.plan.steps)
         self.ended = training.done
-
-
-def _say(found: Calibration, digest: str) -> None:
-    line(f"method  {found.method}, form {found.form}, digest {found.digest[:12]}")
-    line(f"bank    {digest[:12]}")
-    record: Mapping[str, Any] = found.record
-    line()
-    checks = record.get("checks")
-    if checks:
-        keys = ("step", "loss", "score")
-        rows = [["-" if check[key] is None else check[key] for key in keys] for check in checks]
-        table(("steps", "loss", "held-out score"), rows)
-        if record["kept"] == "start":
-            line("nothing learned was better on the held-out texts: the start was kept")
-    else:
-        table(("", "held-out score"), list(record["scores"].items()))
-    line()
+        self._watch.check()

@@ -3,7 +3,10 @@
 No row is both: what was learned from guards nothing.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,9 @@ from dynmerge.texts.examples import Examples
 from dynmerge.texts.rows import Row, check_labels, check_rows, read_texts
 from dynmerge.texts.sampled import sample_answers, sample_texts
 
-# Of a skill's rows, where no file guards it, every fourth is held out.
+Question = tuple[str | None, ...]
+
+# Of a skill's questions, where no file guards it, one in so many is held out.
 HELD_OUT_EVERY = 4
 
 
@@ -56,12 +61,20 @@ class Given:
         """Of every file its skill and its rows."""
         return [*self.texts.items(), *self.held_out.items()]
 
-    def question(self, name: str, row: Row) -> Hashable:
-        """What makes `row` of the skill `name` another than others, wherever it stands.
+    def questions(self, name: str, rows: Sequence[Row]) -> Callable[[Row], Question]:
+        """What makes a row of the skill `name` another than others of `rows`, wherever it stands.
 
-        Among labels it is the prompt: one prediction, whichever label is right.
+        Among labels it is the prompt: one prediction, whichever label is right. So it is where one
+        of its rows has no answer yet, which may become any other's.
         """
-        return row if name not in self.labels else row.prompt
+        labelled = name in self.labels
+        bare = {row.prompt for row in rows if labelled or row.answer is None}
+
+        def question(row: Row) -> Question:
+            known = row.prompt is not None and row.prompt in bare
+            return (row.prompt,) if known else (row.prompt, row.answer, row.text)
+
+        return question
 
     def is_made_up(self, name: str, rows: Sequence[Row] | None) -> bool:
         """Whether the skill says what its rows are, or some of their answers."""
@@ -74,24 +87,43 @@ class Given:
         self, name: str, rows: Sequence[Row], others: Sequence[Row]
     ) -> tuple[list[Row], list[Row]]:
         """`rows` in two: those that ask what none of `others` asks, and those that ask the same."""
-        asked = {self.question(name, row) for row in others}
-        own = [row for row in rows if self.question(name, row) not in asked]
-        return own, [row for row in rows if self.question(name, row) in asked]
+        question = self.questions(name, [*rows, *others])
+        asked = set(map(question, others))
+        own = [row for row in rows if question(row) not in asked]
+        return own, [row for row in rows if question(row) in asked]
 
     def split(self, name: str, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-        """What is learned from, and what is held out: every fourth question.
+        """What is learned from, and what is held out: a quarter of the questions, drawn by content.
 
         A row that is there again is left out. Raises ConfigError where there is one question.
         """
         different = list(dict.fromkeys(rows))
-        questions = {self.question(name, row): row for row in different}
-        if len(questions) < 2:
+        question = self.questions(name, different)
+        asked = {question(row): row for row in different}
+        if len(asked) < 2:
             source = f"--texts {name}" if name in self.texts else f"what {name} makes up"
-            kind = "prompts" if name in self.labels else "rows"
+            kind = "prompts" if any(len(each) == 1 for each in asked) else "rows"
             raise ConfigError(
                 f"{source}: two different {kind} are the least, so that one can be held out"
             )
-        return self.separated(name, different, list(questions.values())[::HELD_OUT_EVERY])
+        drawn = self._drawn(name, asked)
+        return self.separated(name, different, [asked[each] for each in drawn[::HELD_OUT_EVERY]])
+
+    def _drawn(self, name: str, asked: Mapping[Question, Row]) -> list[Question]:
+        """Those that may be held out, label after label, the most frequent first.
+
+        In each by their hashes: shuffled, and the same way wherever they stand in whichever file.
+        A label's only question is to be learned from, unless all are.
+        """
+        labels = {each: row.answer or "" for each, row in asked.items() if name in self.labels}
+        counts = Counter(labels.values())
+
+        def place(each: Question) -> tuple[int, str, str]:
+            label = labels.get(each, "")
+            return -counts[label], label, hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+        drawn = sorted(asked, key=place)
+        return [each for each in drawn if counts[labels.get(each, "")] != 1] or drawn
 
     def _check_apart(self, name: str) -> None:
         kept = self.held_out.get(name, ())
@@ -116,7 +148,10 @@ class Reading:
 
     def whole(self, step: Step) -> dict[str, Examples]:
         """All of every skill's texts."""
-        return {name: self._examples(name, self._texts(name)) for name in self._names(step)}
+        return {
+            name: self._examples(name, self._answered(name, self._texts(name)))
+            for name in self._names(step)
+        }
 
     def apart(self, step: Step) -> tuple[dict[str, Examples], dict[str, Examples]]:
         """Of every skill, what it learns from and what guards it."""
@@ -134,12 +169,15 @@ class Reading:
             step(done, len(names))
 
     def _apart(self, name: str) -> tuple[list[Row], list[Row]]:
+        """Before any prompt is answered: of an answer that is drawn nobody knows what it shares."""
         rows = self._texts(name)
         if name not in self.given.held_out:
             learned, kept = self.given.split(name, rows)
             _say_fewer(name, rows, [*learned, *kept], "repeat others")
-            return learned, kept
-        kept = self._rows(name, self.given.held_out[name])
+            # At once: answers drawn apart by one seed would be alike.
+            answered = self._answered(name, [*learned, *kept])
+            return answered[: len(learned)], answered[len(learned) :]
+        kept = list(self.given.held_out[name])
         # Files share no row, but a skill may have made up what guards it.
         learned, _ = self.given.separated(name, rows, kept)
         _say_fewer(name, rows, learned, "are in what guards it")
@@ -147,16 +185,16 @@ class Reading:
             raise ConfigError(
                 f"{name}: all there is to learn from guards it too: give --texts {name}"
             )
-        return learned, kept
+        return self._answered(name, learned), self._answered(name, kept)
 
-    def _texts(self, name: str) -> list[Row]:
+    def _texts(self, name: str) -> Sequence[Row]:
         """A file's rows; or, where there is none, rows that the skill's own adapter makes up."""
         if name in self.given.texts:
-            return self._rows(name, self.given.texts[name])
+            return self.given.texts[name]
         return sample_texts(self.student, self.loaded.tokenizer, name, self.samples, self.seed)
 
-    def _rows(self, name: str, rows: Sequence[Row]) -> list[Row]:
-        """A file's rows; the adapter answers prompts without an answer that are not for labels."""
+    def _answered(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows; the adapter answers prompts without an answer that are not for labels."""
         if not self.given.is_made_up(name, rows):
             return list(rows)
         return sample_answers(self.student, self.loaded.tokenizer, name, rows, self.seed)

@@ -24,6 +24,7 @@ from dynmerge.bank.calibration import Calibration
 from dynmerge.bank.edit import with_calibration
 from dynmerge.bank.storage import (
     add_calibration,
+    carried_over,
     check_base,
     check_target,
     check_writable,
@@ -568,6 +569,26 @@ def test_one_added_while_another_is_dropped_is_there(folder: Path) -> None:
         pool.submit(add_calibration, folder, FIXED).result()
         dropped.result()
     assert load_bank(folder).calibrated == ("core",)
+
+
+def test_what_holds_for_the_factors_is_carried_over_and_the_rest_named(learned: Path) -> None:
+    again, lost = carried_over(BANK, learned)
+    assert (again.digest, lost) == (LEARNED.digest, {})
+    save_bank(again, learned, replace=True)
+    assert_learned(learned)
+    assert len(names(learned)) == 4
+    assert names(learned.parent) == ["bank"]
+    reason = "it was learned for other factors"
+    assert carried_over(OTHER, learned) == (OTHER, {"core": reason, "tara-a": reason})
+    newer = replace(TARA, tensors={**TARA.tensors, ".p": torch.tensor(5.0)})
+    mixed, _ = carried_over(with_calibration(BANK, newer), learned)
+    assert mixed.calibrated == ("core", "tara-a")
+    assert mixed.calibration("tara-a").digest == newer.digest
+    (file,) = (entry.file.name for entry in read_manifest(learned).calibrations[:1])
+    (learned / file).unlink()
+    some, lost = carried_over(BANK, learned)
+    assert some.calibrated == ("tara-a",)
+    assert lost == {"core": f"{learned}: {file} is missing"}
 
 
 def test_a_calibration_for_other_factors_is_not_added(folder: Path) -> None:

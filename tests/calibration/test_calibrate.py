@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, cast, get_args
 
@@ -18,7 +18,7 @@ from dynmerge.bank.edit import with_calibration
 from dynmerge.calibration.calibrate import GAUSS_NEWTON, NORMS, calibrate, calibration_of, weighted
 from dynmerge.calibration.judge import Judge
 from dynmerge.calibration.learned import Learned
-from dynmerge.calibration.plan import UNITS, Objective, Plan, published
+from dynmerge.calibration.plan import MAX_SEED, PULLS, UNITS, Objective, Plan, published
 from dynmerge.calibration.teachers import alone, lessons
 from dynmerge.calibration.train import Training
 from dynmerge.cli.commands.quality import Objective as Offered
@@ -263,6 +263,12 @@ def test_a_closed_form_that_does_not_help_is_refused(
         (Plan("tara-a", GAUSS_NEWTON), "the coefficients of tara-a are too many"),
         (Plan("adamerging", GAUSS_NEWTON, "labels"), "of the objective distil; labels has none"),
         (Plan("tuned", objective="entropy"), "tuned is chosen by the held-out score"),
+        (Plan("tuned", "bubbles"), "tuned trains nothing: it has no form to choose"),
+        (
+            Plan("regmean", "fixed", at=(0.5, 0.5, 0.0)),
+            r"regmean trains nothing: .* has the form 'fixed' at \(0.5, 0.5, 0.0\)",
+        ),
+        (Plan("regmean", at=(0.5, 0.5, 0.0)), "regmean trains nothing"),
         (Plan("tara-a", "fixed"), "belongs to the form fixed"),
         (Plan("tara-a", at=(0.5, 0.5, 0.0)), "belongs to the form fixed"),
         (Plan("tara-a", "fixed", at=(0.5, 0.5)), "no preference over the bank's 3 skills"),
@@ -286,8 +292,14 @@ def test_a_plan_that_cannot_be_is_refused(
         ({"objective": "x"}, r"no objective 'x' \(known: distil, entropy, labels\)"),
         ({"rate": math.nan}, "rate is nan, not a number from 0"),
         ({"rate": -0.1}, "rate is -0.1"),
+        ({"rate": True}, "rate is True, not a number from 0"),
+        ({"rate": "1"}, "rate is '1', not a number from 0"),
+        ({"rate": 10**400}, "rate is 1000"),
         ({"decay": math.inf}, "decay is inf"),
         ({"pull": -1.0}, "pull is -1.0"),
+        ({"pull": False}, "pull is False"),
+        ({"mu": "1"}, "mu is '1', not a number above 0"),
+        ({"mu": True}, "mu is True"),
         ({"mu": 0.0}, "mu is 0.0, not a number above 0"),
         ({"mu": math.nan}, "mu is nan"),
         ({"steps": 0}, "steps is 0, not a whole number from 1"),
@@ -296,6 +308,8 @@ def test_a_plan_that_cannot_be_is_refused(
         ({"check": 0}, "check is 0"),
         ({"patience": True}, "patience is True"),
         ({"seed": -1}, "seed is -1, not a whole number from 0"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616, not .* from 0 to 2\*\*64 - 1"),
+        ({"seed": True}, "seed is True"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_where_it_is_made(
@@ -303,6 +317,19 @@ def test_a_setting_that_cannot_be_is_refused_where_it_is_made(
 ) -> None:
     with pytest.raises(CalibrationError, match=complaint):
         Plan("tara-a", **setting)
+
+
+def test_a_plan_says_the_pull_of_its_method() -> None:
+    assert [Plan(method).pull for method in ("core", "tara-a", "regmean")] == [0.001, 0, 0]
+    assert "pull=0.001," in repr(Plan("core"))
+    assert repr(Plan("core")) == repr(Plan("core", pull=PULLS["core"]))
+    assert asdict(Plan("core", pull=0.0))["pull"] == 0
+    assert published("core", AT).pull == 0
+
+
+def test_every_seed_that_a_plan_takes_is_one_of_torch() -> None:
+    for seed in (0, MAX_SEED):
+        torch.Generator().manual_seed(Plan("core", seed=seed).seed)
 
 
 def test_the_command_offers_every_objective() -> None:

@@ -17,7 +17,8 @@ import dynmerge
 from dynmerge.adapters.adapter import Adapter
 from dynmerge.adapters.base_model import BaseModel
 from dynmerge.adapters.checkpoint import load_adapter
-from dynmerge.bank.storage import load_bank, read_manifest
+from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.storage import add_calibration, load_bank, read_manifest
 from dynmerge.merging.choice import parse_method
 from dynmerge.merging.methods import METHODS, SCALE, STEPS
 from tests import reference
@@ -69,6 +70,50 @@ def test_build_writes_a_bank_and_says_where(
     assert (code, out) == (2, "")
     assert err == f"error: {tmp_path / 'bank'} already holds a bank; to replace it, say --replace\n"
     assert run(*words, "--replace")[0] == 0
+
+
+def test_build_keeps_what_was_learned_for_the_same_factors_and_names_what_is_lost(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bank"
+    words = [*build_words(base_folder, adapter_folders, folder), "--replace"]
+    run(*words)
+    factors = load_bank(folder).coordinates_digest
+    for method, p in (("core", 2.0), ("tuned", 3.0)):
+        add_calibration(folder, Calibration(method, "norm", factors, {".p": torch.tensor(p)}))
+    before = load_bank(folder)
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert "keeps   what was learned for these factors: core, tuned\n" in out
+    assert load_bank(folder).digest == before.digest
+
+    (file,) = (entry.file.name for entry in read_manifest(folder).calibrations[1:])
+    (folder / file).write_bytes(b"")
+    code, out, err = run(*words)
+    assert code == 0
+    assert err.startswith(f"the calibration for tuned is lost: {folder / file} is 0 bytes")
+    assert load_bank(folder).calibrated == ("core",)
+
+    fewer = {name: adapter_folders[name] for name in ("ada", "bob")}
+    code, out, err = run(*build_words(base_folder, fewer, folder), "--replace")
+    assert code == 0
+    assert err == "the calibration for core is lost: it was learned for other factors\n"
+    assert "keeps   " not in out
+    assert load_bank(folder).calibrated == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["bank"]
+
+
+def test_build_replaces_a_bank_that_cannot_be_read(
+    run: Run, base_folder: Path, adapter_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [*build_words(base_folder, adapter_folders, tmp_path / "bank"), "--replace"]
+    run(*words)
+    (tmp_path / "bank" / "bank.json").write_text("{}")
+    code, _, err = run(*words)
+    assert code == 0
+    assert err.startswith("calibrations of the bank that was there, if any, are lost: ")
+    assert "is not the description of a dynmerge bank" in err
+    assert load_bank(tmp_path / "bank").names == ("ada", "bob", "cyd", "dee")
 
 
 def test_build_refuses_an_adapter_of_another_base_unless_it_is_trusted(

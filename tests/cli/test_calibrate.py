@@ -5,7 +5,8 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from torch.testing import assert_close
 
 from dynmerge.bank.calibration import Calibration
+from dynmerge.bank.edit import without
 from dynmerge.bank.outline import Outline
-from dynmerge.bank.storage import add_calibration, load_bank, read_manifest
+from dynmerge.bank.storage import add_calibration, load_bank, read_manifest, save_bank
 from dynmerge.calibration.train import Training
 from dynmerge.cli import main
 from dynmerge.cli.given import Given
@@ -74,7 +76,11 @@ def test_a_new_version_of_the_bank_carries_what_was_learned(
     assert [line.split()[0] for line in lines[3:6]] == ["steps", "0", "2"]
     assert lines[4].split()[1] == "-"
     assert float(lines[5].split()[1]) > 0
+    linear = next(line for line in lines if line.startswith("linear "))
     record = record_of(bank, "tara-a")
+    assert float(linear.split()[-1]) == pytest.approx(record["linear"], rel=1e-3)
+    assert lines[-2].startswith("now serves tara-a;scale=1 where nobody names a method (held-out s")
+    assert "linear's" in lines[-2]
     assert record["texts"]["bob"]["examples"] == 6
     assert record["held_out"]["bob"]["examples"] == 2
     assert record["settings"]["steps"] == 2
@@ -150,36 +156,94 @@ def test_rows_that_repeat_others_count_once_and_lie_on_one_side(
     assert record["held_out"]["cyd"]["examples"] == 2
 
 
+LABELLED = Given({}, {}, {"bob": ["yes", "no"]})
+OPEN = Given({}, {}, {})
+
+
 def test_no_question_is_learned_from_and_held_out() -> None:
-    asked = [Row(prompt=f"mix {n % 5}", answer=("yes", "no")[n % 2]) for n in range(20)]
-    for given in (Given({}, {}, {"bob": ["yes", "no"]}), Given({}, {}, {})):
-        learned, kept = given.split("bob", asked)
-        assert {given.question("bob", row) for row in learned}.isdisjoint(
-            given.question("bob", row) for row in kept
-        )
-        assert sorted(map(repr, [*learned, *kept])) == sorted({repr(row) for row in asked})
+    rows = [Row(prompt=f"mix {n % 5}", answer=("yes", "no")[n % 2]) for n in range(20)]
+    for given in (LABELLED, OPEN):
+        learned, kept = given.split("bob", rows)
+        question = given.questions("bob", rows)
+        assert set(map(question, learned)).isdisjoint(map(question, kept))
+        assert sorted(map(repr, [*learned, *kept])) == sorted({repr(row) for row in rows})
     # Among labels a prompt is one prediction, whatever the answer; else answers are what is asked.
-    labelled, open_ended = Given({}, {}, {"bob": ["yes", "no"]}), Given({}, {}, {})
-    assert {row.prompt for row in labelled.split("bob", asked)[1]} == {"mix 0", "mix 4"}
-    assert open_ended.split("bob", asked)[1] == [asked[0], asked[4], asked[8]]
+    assert len({row.prompt for row in LABELLED.split("bob", rows)[1]}) == 2
+    assert len(LABELLED.split("bob", rows)[1]) == 4
+    assert len(OPEN.split("bob", rows)[1]) == 3
+
+
+@pytest.mark.parametrize("period", [2, 4])
+def test_a_guard_is_of_all_kinds_however_they_alternate(period: int) -> None:
+    kinds = range(period)
+    for given in (LABELLED, OPEN):
+        rows = [Row(prompt=f"mix {n}", answer="abcd"[n % period]) for n in range(64)]
+        learned, kept = given.split("bob", rows)
+        assert (len(learned), len(kept)) == (48, 16)
+        assert {row.answer for row in kept} == {"abcd"[kind] for kind in kinds}
+    # Labels are known, and none is held out more than its share.
+    counted = Counter(row.answer for row in LABELLED.split("bob", rows)[1])
+    assert set(counted.values()) == {16 // period}
+    languages = [Row(text=f"{'abcd'[n % period]} mix {n}") for n in range(64)]
+    assert len({str(row.text)[0] for row in OPEN.split("bob", languages)[1]}) == period
+
+
+def test_a_guard_is_drawn_by_what_rows_are_and_not_by_where_they_stand() -> None:
+    rows = [Row(prompt=f"mix {n}", answer=("yes", "no")[n % 2]) for n in range(32)]
+    for given in (LABELLED, OPEN):
+        learned, kept = given.split("bob", rows)
+        assert (learned, kept) == given.split("bob", rows)
+        assert learned == [row for row in rows if row not in kept]
+        assert set(given.split("bob", rows[::-1])[1]) == set(kept)
+        assert kept != rows[::4]
+
+
+def test_the_only_question_of_a_label_is_learned_from() -> None:
+    for count in range(2, 10):
+        rows = [Row(prompt=f"mix {n}", answer="yes") for n in range(count)]
+        learned, kept = LABELLED.split("bob", [*rows, Row(prompt="rare", answer="no")])
+        assert "no" in {row.answer for row in learned}
+        assert len(kept) == -(-count // 4)
+    both = [Row(prompt="mix", answer="yes"), Row(prompt="rare", answer="no")]
+    assert [len(part) for part in LABELLED.split("bob", both)] == [1, 1]
+
+
+def test_a_prompt_that_is_yet_to_be_answered_lies_on_one_side() -> None:
+    rows = [Row(prompt=f"mix {n % 8}", answer="ab"[n % 2] if n < 24 else None) for n in range(40)]
+    learned, kept = OPEN.split("ada", rows)
+    assert {row.prompt for row in learned}.isdisjoint(row.prompt for row in kept)
+    assert len({row.prompt for row in kept}) == 2
+
+
+def test_prompts_without_answers_count_once(
+    run: Run, bank: Path, texts: list[str], tmp_path: Path
+) -> None:
+    prompts = [{"prompt": f"mix {n % 8}"} for n in range(16)]
+    (tmp_path / "ada.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    code, _, err = run(bank, "-m", "core", *texts, "--steps=1", "--batch=1")
+    assert code == 0
+    assert "ada: 8 of 16 rows repeat others and are left out\n" in err
+    record = record_of(bank, "core")
+    assert [record[part]["ada"]["examples"] for part in ("texts", "held_out")] == [6, 2]
+    (tmp_path / "ada.jsonl").write_text('{"prompt": "mix"}\n{"prompt": "mix", "answer": "a"}')
+    code, _, err = run(bank, "-m", "core", *texts)
+    assert code == 2
+    assert "--texts ada: two different prompts are the least, so that one can be held out" in err
 
 
 def test_what_a_skill_makes_up_and_its_guard_has_too_is_not_learned_from(
     run: Run, bank: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answered(student: object, tokenizer: object, task: str, rows: list[Row], seed: int) -> Any:
-        return [replace(row, answer=row.answer or "b") for row in rows]
-
-    monkeypatch.setattr("dynmerge.cli.given.sample_answers", answered)
-    (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}\n{"prompt": "mix 2"}')
-    (tmp_path / "guard.jsonl").write_text('{"prompt": "mix", "answer": "b"}')
-    texts[0] = f"--texts=ada={tmp_path / 'open.jsonl'}"
-    words = ("-m", "core", *texts, f"--held-out=ada={tmp_path / 'guard.jsonl'}")
-    code, _, err = run(bank, *words, "--steps=1", "--batch=1")
-    assert code == 0
-    assert "ada: 1 of 2 rows are in what guards it and are left out\n" in err
-    assert record_of(bank, "core")["texts"]["ada"]["examples"] == 1
-    (tmp_path / "open.jsonl").write_text('{"prompt": "mix"}')
+    made = [Row(prompt="mix", answer="b"), Row(prompt="mix 2", answer="b")]
+    monkeypatch.setattr("dynmerge.cli.given.sample_texts", lambda *_: made)
+    words = ("-m", "core", *texts[1:], f"--held-out=ada={tmp_path / 'guard.jsonl'}")
+    for guard in ({"prompt": "mix", "answer": "b"}, {"prompt": "mix"}):
+        (tmp_path / "guard.jsonl").write_text(json.dumps(guard))
+        code, _, err = run(bank, *words, "--steps=1", "--batch=1")
+        assert code == 0
+        assert "ada: 1 of 2 rows are in what guards it and are left out\n" in err
+        assert record_of(bank, "core")["texts"]["ada"]["examples"] == 1
+    del made[1]
     code, _, err = run(bank, *words)
     assert code == 2
     assert "ada: all there is to learn from guards it too: give --texts ada" in err
@@ -324,6 +388,85 @@ def test_what_was_stopped_half_way_goes_on(
     assert [path.name for path in other.parent.glob(".*")] == []
 
 
+@pytest.fixture
+def at_the_first_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """What is given to it happens once, when a training keeps its state first."""
+    write, waiting = StateFolder.write, list[Callable[[], object]]()
+
+    def noted(self: StateFolder, state: Mapping[str, Any]) -> None:
+        write(self, state)
+        if waiting:
+            waiting.pop()()
+
+    monkeypatch.setattr(StateFolder, "write", noted)
+    return waiting.append
+
+
+def test_a_bank_replaced_meanwhile_ends_the_training_at_the_next_check(
+    run: Run,
+    bank: Path,
+    texts: list[str],
+    at_the_first_check: Callable[[Callable[[], object]], None],
+) -> None:
+    words = (bank, "-m", "core", *texts, "--steps=26", "--batch=1")
+    before, source = load_bank(bank), read_manifest(bank).base.source
+    at_the_first_check(lambda: save_bank(without(before, "cyd"), bank, replace=True))
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    (folder,) = bank.parent.glob(".bank.core-*.training")
+    assert (
+        f"error: {bank} was replaced by a bank of other factors, which nothing learned here fits; "
+        f"the same command goes on from {folder} while the bank has the factors that it had at "
+        "first: else delete that folder\n"
+    ) in err
+    assert StateFolder(folder).read()["step"] == 25  # type: ignore[index]
+    assert load_bank(bank).names == ("ada", "bob")
+    save_bank(before, bank, source=source, replace=True)
+    at_the_first_check(lambda: shutil.rmtree(bank))
+    code, _, err = run(*words, "--again")
+    assert code == 2
+    assert f"no bank at {bank}: there is no such folder; the same command goes on from" in err
+
+
+def test_what_others_learn_for_the_bank_meanwhile_ends_nothing(
+    run: Run,
+    bank: Path,
+    texts: list[str],
+    at_the_first_check: Callable[[Callable[[], object]], None],
+) -> None:
+    tensors = {".p": torch.tensor(2.0)}
+    tuned = Calibration("tuned", "norm", load_bank(bank).coordinates_digest, tensors)
+    at_the_first_check(lambda: add_calibration(bank, tuned))
+    code, out, _ = run(bank, "-m", "core", *texts, "--steps=26", "--batch=1")
+    assert code == 0
+    assert load_bank(bank).calibrated == ("core", "tuned")
+    assert "now serves tuned;scale=1 where nobody names a method (linear did)\n" in out
+
+
+def test_a_bank_that_cannot_be_written_in_the_end_leaves_the_state_and_says_where(
+    run: Run, bank: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise BankError("no room")
+
+    words = (bank, "-m", "core", *texts, "--steps=1", "--batch=1")
+    with monkeypatch.context() as patched:
+        patched.setattr("dynmerge.cli.calibrate.add_calibration", full)
+        code, _, err = run(*words)
+    (folder,) = bank.parent.glob(".bank.core-*.training")
+    assert code == 2
+    assert f"error: no room; the same command goes on from {folder} while" in err
+    code, _, err = run(*words)
+    assert code == 0
+    assert "going on from step 1 " in err
+
+
+def test_help_says_which_method_takes_no_guard(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "Not for tuned, which holds" in " ".join(out.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -407,6 +550,9 @@ def test_what_texts_leave_no_use_for_is_named_before_the_model_is_loaded(
         ("cyd", [{"text": "another"}, {"text": "a mix of skills "}], [], "1 of its 2"),
         ("ada", [{"prompt": "mix 9", "answer": "b"}, {"prompt": "mix 1", "answer": "bcdefgh"}], [],
          "1 of its 2"),
+        # What the skill will answer is nobody's to know.
+        ("ada", [{"prompt": f"mix {n}"} for n in range(8)], [], "8 of its 8"),
+        ("ada", [{"prompt": "mix 9"}, {"prompt": "mix 1"}], [], "1 of its 2"),
         # Which label is right makes no other prediction.
         ("bob", [{"prompt": "mix 9"}, {"prompt": "mix 1"}], ["--labels=bob=yes,no"], "1 of its 2"),
     ],
@@ -465,7 +611,7 @@ def test_labels_that_begin_alike_are_named_with_their_skill(
         ),
         ("cyd.txt", "\n", [], "cyd.txt has no rows"),
         ("cyd.csv", "a", [], "cyd.csv is neither .jsonl nor .txt"),
-        # Every fourth row is held out: apart, each part would be of one kind.
+        # Some rows are held out: apart, each part might be of one kind.
         (
             "ada.jsonl",
             '{"text": "a mix"}\n' + '{"prompt": "mix", "answer": "a"}\n' * 3,

@@ -30,7 +30,11 @@ def build(
         typer.Option("--trust-base", help="Take adapters that say they are for another base."),
     ] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace the bank that is there.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Replace the bank that is there; what it learned for the same factors stays.",
+        ),
     ] = False,
     soup_weights: Annotated[
         Path | None,

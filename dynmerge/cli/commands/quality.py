@@ -74,7 +74,9 @@ def calibrate(
     held_out: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SKILL=FILE", help="What guards it; by default every fourth of its texts."
+            metavar="SKILL=FILE",
+            help="What guards it; by default a quarter of its texts. Not for tuned, which holds all"
+            " of them out.",
         ),
     ] = None,
     labels: Annotated[
