@@ -20,6 +20,7 @@ from study.suites import SUITES
 from study.tables import (
     aims_table,
     cost_table,
+    elsewhere_table,
     fronts_table,
     methods_table,
     preferences_table,
@@ -32,6 +33,7 @@ TABLES = {
     "methods": methods_table,
     "preferences": preferences_table,
     "regret": regret_table,
+    "elsewhere": elsewhere_table,
     "fronts": fronts_table,
     "aims": aims_table,
     "cost": cost_table,

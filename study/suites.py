@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from study.methods import FORM_ROWS, ROWS
+from study.methods import FORM_ROWS, ROWS, UNLABELLED
 
 REFERENCES = ("tara-a-for-each", "core-for-each")  # optimised for each preference alone
 GRID, GRID_STEPS = "grid:", 4  # fronts between three skills
@@ -28,13 +28,14 @@ GENERATIVE = (
 @dataclass(frozen=True, slots=True)
 class Scope:
     """One suite: rows measured on every seed, and on the first alone; of the latter's, `away` also
-    at preferences other than the uniform one.
+    at preferences other than the uniform one. `texts` is what it has for unlabelled text.
     """
 
     seeds: tuple[int, ...]
     every: tuple[str, ...]
     once: tuple[str, ...]
     away: frozenset[str]
+    texts: str
 
     def rows(self, seed: int) -> tuple[str, ...]:
         """Those of one seed, in the order in which they are measured."""
@@ -47,11 +48,13 @@ SUITES: Mapping[str, Scope] = {
         every=("single", *(name for name in ROWS if name not in SETTINGS), *OTHER_BANKS),
         once=(*SETTINGS, *REFERENCES, *GRIDS),
         away=frozenset(name for name, row in {**ROWS, **FORM_ROWS}.items() if row.away),
+        texts=UNLABELLED,
     ),
     "generative": Scope(
         seeds=(20, 21, 22),
         every=("single", *GENERATIVE),
         once=(*(name for name in ROWS if name not in (*GENERATIVE, *SETTINGS)), *OTHER_BANKS),
         away=frozenset(("mean", "tuned", "adamerging-map", "tara-a-map", "core-map")),
+        texts="prompts with answers",
     ),
 }

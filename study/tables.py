@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from dynmerge.evaluation.bootstrap import Estimate, Interval, combined, difference, mean
 from dynmerge.evaluation.front import hypervolume, monotonicity
 from dynmerge.evaluation.simplex import even_grid
-from study.methods import FORM_ROWS, ROWS
-from study.places import grid_skills, places
+from study.methods import FORM_ROWS, ROWS, UNLABELLED
+from study.places import CENTRE, grid_skills, places
 from study.suite import DEFAULT, Suite, complete
-from study.suites import GRID, GRID_STEPS, GRIDS, SUITES
+from study.suites import GRID, GRID_STEPS, GRIDS, REFERENCES, SUITES
 
+# What rows were given that are none of ROWS.
+OTHER_DATA: Mapping[str, str] = {
+    "joint": "all training labels",
+    **dict.fromkeys(("osrm-single", "osrm-mean", "osrm-p4"), f"{UNLABELLED}, before training"),
+    **dict.fromkeys(REFERENCES, UNLABELLED),
+}
 ALONE = ", both for the uniform preference alone"
 DIFFERENCES = (
     ("Pico over the mean", "pico", "mean"),
     ("mean with its norm restored over the mean", "mean-gamma", "mean"),
+    ("Pico over the mean with its norm restored", "pico", "mean-gamma"),
     ("Pico over tuned Task Arithmetic", "pico", "tuned"),
     ("tuned Pico over tuned Task Arithmetic", "pico-tuned", "tuned"),
     ("the default over tuned Task Arithmetic", DEFAULT, "tuned"),
@@ -30,8 +37,25 @@ DIFFERENCES = (
     (f"one per task and module over one per task{ALONE}", "adamerging-distil", "per-task-distil"),
     ("TARA-A by entropy over tuned", "tara-a-entropy", "tuned"),
     ("TARA-A by labels over TARA-A by distillation", "tara-a-labels", "tara-a-distil"),
+    ("a free core by labels over a free core by distillation", "core-labels", "core-distil"),
+    ("what `--method tuned` finds over tuned Task Arithmetic", "tuned-norm", "tuned"),
+    ("OSRM's adapters over the others, each alone", "osrm-single", "single"),
     ("OSRM's adapters over the others, by `linear`", "osrm-mean", "mean"),
     ("OSRM's adapters over the others, by `linear;p=4`", "osrm-p4", "linear-p4"),
+)
+AVERAGE = "average"
+FORMS_COMPARED = ("affine", "bubbles", "product", "network")
+ELSEWHERE = (
+    ("the default over `linear`", DEFAULT, "mean"),
+    ("the default over tuned Task Arithmetic", DEFAULT, "tuned"),
+    ("the default over what `--method tuned` finds", DEFAULT, "tuned-norm"),
+    ("the default over TSV-M at `p=6`", DEFAULT, "tsv-m-p6"),
+    ("the default over one weight per task and module's map", DEFAULT, "adamerging-map"),
+    ("the free core's map over the default", "core-map", DEFAULT),
+    *(
+        (f"one per task and module: ratio over {form}", "adamerging-map", f"adamerging-{form}")
+        for form in FORMS_COMPARED
+    ),
 )
 GAPS = (DEFAULT, "adamerging-map", "core-map", "tara-a-distil", "core-distil")
 
@@ -47,7 +71,8 @@ def methods_table(suite: Suite) -> str:
         tuned = suite.average("tuned", seeds)
         over = signed(difference(average, tuned).interval()) if tuned is not None else ""
         by_task = [task_mean(suite, method, task, seeds) for task in suite.tasks]
-        data = known[method].data if method in known else ""
+        data = known[method].data if method in known else OTHER_DATA.get(method, "")
+        data = data.replace(UNLABELLED, SUITES[suite.name].texts)
         by_seed = " ".join(values_by_seed(suite, method, seeds))
         rows.append([method, data, *by_task, by_seed, str(average.interval()), over])
     return markdown(["method", "data", *suite.tasks, "by seed", "average", "over tuned"], rows)
@@ -82,20 +107,46 @@ def regret_table(suite: Suite) -> str:
     rows, seed = [], SUITES[suite.name].seeds[0]
     for method in ("tara-a", "core"):
         names = ("mean", f"{method}-map", f"{method}-for-each")
-        found = complete([suite.everywhere(name, seed) for name in names])
-        if found is None:
-            continue
-        linear, served, each = found
-        rows.append(
-            [
-                method,
-                *(str(one.interval()) for one in found),
-                signed(difference(each, served).interval()),
-                str(combined([served, linear, each], gap_left).interval()),
-            ]
-        )
-    head = ["method", "linear", "its map", "for each alone", "regret, points", "of the gap"]
-    return markdown(head, rows)
+        for where in (AVERAGE, CENTRE):
+            found = weighted_at(suite, names, where, seed)
+            if found is None:
+                continue
+            linear, served, each = found
+            rows.append(
+                [
+                    *(method, where),
+                    *(str(one.interval()) for one in found),
+                    signed(difference(each, served).interval()),
+                    str(combined([served, linear, each], gap_left).interval()),
+                ]
+            )
+    head = ["method", "where", "linear", "its map", "for each alone", "regret, points"]
+    return markdown([*head, "of the gap"], rows)
+
+
+def weighted_at(suite: Suite, methods: Iterable[str], at: str, seed: int) -> list[Estimate] | None:
+    """The methods' preference-weighted accuracies at one place, or their means over all; None if
+    any was not measured there.
+    """
+    if at == AVERAGE:
+        return complete([suite.everywhere(method, seed) for method in methods])
+    return complete([suite.weighted(method, at, seed) for method in methods])
+
+
+def elsewhere_table(suite: Suite) -> str:
+    """Differences of preference-weighted accuracy over all places, and at the worst of them."""
+    seed, rows = SUITES[suite.name].seeds[0], []
+    for words, first, second in ELSEWHERE:
+        found = {
+            at: difference(*pair)
+            for at in (AVERAGE, *places(len(suite.tasks)))
+            if (pair := weighted_at(suite, (first, second), at, seed))
+        }
+        if AVERAGE in found:
+            least = min(found, key=lambda at: found[at].value)
+            told = f"{least}: {signed(found[least].interval())}"
+            rows.append([words, signed(found[AVERAGE].interval()), told])
+    return markdown(["question", "over the six preferences", "where it is least"], rows)
 
 
 def fronts_table(suite: Suite) -> str:

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from dynmerge.bank.calibration import Calibration
 from dynmerge.calibration import draws
 from dynmerge.calibration.learned import Learned, weighted
 from dynmerge.calibration.plan import Objective, Plan
+from dynmerge.errors import CalibrationError
 from dynmerge.student import Student
 from study import run
 from study.bench import Bench, Part, by
 from study.cells import read_cells
 from study.inputs import inputs_of
-from study.methods import FORM_ROWS, ROWS
+from study.methods import FORM_ROWS, ROWS, counted
 from study.places import CENTRE
 from study.plans import at_centre
-from study.trained import PerTask, key_of, trained
+from study.trained import PerTask, Run, key_of, trained
 from tests.calibration.network import SHAPES, Network, Points, network_bank
 
 NAMES = ("ada", "bob", "cyd")
@@ -150,6 +152,39 @@ def test_one_weight_per_task_is_learned_as_if_written_out(
     assert not torch.allclose(wanted, torch.full_like(wanted, 0.4), atol=1e-3)
 
 
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_by_entropy_the_last_step_counts_and_else_what_the_guard_kept(
+    objective: Objective, bench: Bench
+) -> None:
+    best = Learned.start(bench.bank, "adamerging", "fixed")
+    last = best.clone()
+    found = counted(at_centre("adamerging", objective), Run(best, last, []))
+    assert found is (last if objective == "entropy" else best)
+
+
+def test_what_is_shipped_is_served_by_its_own_bank_or_linear_where_it_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, scores = ROWS["tuned-norm"].make(bench)
+    assert isinstance(scores, dict)
+    best = min(scores, key=lambda name: scores[name])
+    assert_close(
+        [one.nats for one in bench.test(maker(bench.centre)).values()],
+        [one.nats for one in bench.test(by(bench.bank, best)(bench.centre)).values()],
+    )
+
+    def refuse(*_: object) -> Calibration:
+        raise CalibrationError("no better than linear's")
+
+    monkeypatch.setattr("study.methods.calibrate", refuse)
+    maker, told = ROWS["regmean-plain"].make(bench)
+    assert told == {"refused": "no better than linear's"}
+    assert_close(
+        [one.nats for one in bench.test(maker(bench.centre)).values()],
+        [one.nats for one in bench.test(by(bench.bank, "linear")(bench.centre)).values()],
+    )
+
+
 def test_a_kept_calibration_is_that_of_its_plan_start_bank_and_texts(bench: Bench) -> None:
     plan = Plan("adamerging", "ratio", seed=bench.seed)
     start = Learned.start(bench.bank, "adamerging", "ratio")
@@ -174,7 +209,10 @@ def test_what_is_kept_is_what_was_found(bench: Bench) -> None:
 
 
 def test_a_row_is_measured_once_and_again_where_what_it_depends_on_changed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Bench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [bench]
     monkeypatch.setattr(run, "open_bench", lambda suite, seed: now[0])
@@ -187,6 +225,11 @@ def test_a_row_is_measured_once_and_again_where_what_it_depends_on_changed(
     assert measured("mean", "tuned", "single") == ["single", "mean", "tuned"]
     assert measured("mean", "tuned") == []
     assert measured("tuned", again=True) == ["tuned"]
+    assert measured("adamerging-labels") == ["adamerging-labels"]
+    (kept,) = (tmp_path / "learned").iterdir()
+    kept.write_bytes(b"of a version before")
+    assert measured("adamerging-labels", again=True) == ["adamerging-labels"]
+    assert torch.load(kept, weights_only=True)["checks"]
     fewer = {name: Part(bench.splits["test"][name], 6) for name in NAMES}
     now[0] = replace(bench, splits=bench.splits | {"test": fewer})
     assert measured("mean") == ["mean"]

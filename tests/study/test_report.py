@@ -2,16 +2,27 @@
 
 import gzip
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dynmerge.evaluation.simplex import even_grid
 from study.cells import Cell, cells_file, read_cells, restore, write_row
-from study.places import places
-from study.report import examples_of, quality_of, replaced
+from study.places import grid_skills, places
+from study.report import DOCS, TABLES, examples_of, quality_of, replaced
 from study.suite import Suite
-from study.tables import gap_closed, methods_table, regret_table
+from study.suites import GRID_STEPS, SUITES
+from study.tables import (
+    elsewhere_table,
+    fronts_table,
+    gap_closed,
+    methods_table,
+    preferences_table,
+    regret_table,
+)
 
 
 def cell(method: str, task: str, right: list[int], at: str = "centre") -> Cell:
@@ -83,10 +94,12 @@ def test_regret_is_the_share_of_the_gap_that_a_map_loses() -> None:
                 if share:
                     rights = [1] * right + [0] * (8 - right)
                     cells[method, at, task, 0] = cell(method, task, rights, at)
-    (row,) = regret_table(Suite("encoder", cells)).splitlines()[2:]
-    assert row.startswith("| tara-a | 0.000 [0.000, 0.000] | 0.375 [")
-    assert "| +12.5 [" in row
-    assert "| 0.250 [" in row
+    rows = regret_table(Suite("encoder", cells)).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["average", "centre"]
+    for row in rows:
+        assert "| 0.000 [0.000, 0.000] | 0.375 [" in row
+        assert "| +12.5 [" in row
+        assert "| 0.250 [" in row
 
 
 def test_rows_that_saw_other_examples_are_refused(
@@ -116,3 +129,64 @@ def test_the_record_gives_back_every_cell_and_overwrites_none(
     cells_file("encoder", 1).unlink()
     assert restore(record) == ["encoder-1"]
     assert read_cells("encoder", 1) == [cells["mean", "centre", "u", 1]]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Suite]]:
+    """Both suites as the record has them."""
+    folder = tmp_path_factory.mktemp("record")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("study.cells.cache_folder", lambda: folder)
+        restore()
+        yield [Suite.read(name) for name in SUITES]
+
+
+def test_every_recorded_row_says_what_it_depends_on(recorded: list[Suite]) -> None:
+    for each in recorded:
+        assert all(re.fullmatch("[0-9a-f]{16}-[0-9a-f]{16}", c.inputs) for c in each.cells.values())
+
+
+def test_what_the_page_and_the_figures_say_is_what_the_record_has(recorded: list[Suite]) -> None:
+    page = (DOCS / "quality.md").read_text("utf-8")
+    figures = json.loads((DOCS / "quality.json").read_text("utf-8"))
+    for each in recorded:
+        assert figures[each.name] == quality_of(each)
+        for name, table_of in TABLES.items():
+            if table := table_of(each):
+                assert replaced(page, f"{each.name}-{name}", table) == page, name
+
+
+def test_a_front_counts_what_each_step_towards_a_task_does_to_it() -> None:
+    skills, cells = grid_skills("abcde"), {}
+    for preference in even_grid(skills, GRID_STEPS):
+        for skill, share in zip(skills, preference.vector(skills), strict=True):
+            for name, right in (("grid:mean", round(4 * share)), ("grid:linear-p4", 2)):
+                rights = [1] * right + [0] * (4 - right)
+                cells[name, str(preference), skill, 0] = cell(name, skill, rights, str(preference))
+    whole = Suite("encoder", cells | _five_tasks())
+    first, second = fronts_table(whole).splitlines()[2:]
+    assert first.startswith("| mean | 0.0")
+    assert first.endswith("| 60/60 | 60 |")
+    assert second.startswith("| linear-p4 | 0.125 [")
+    assert second.endswith("| 60/60 | 60 |")
+
+
+def test_elsewhere_tells_where_a_method_is_least_above_another() -> None:
+    cells = {}
+    for at, rho in places(5).items():
+        for task, share in zip("abcde", rho.tolist(), strict=True):
+            for method, right in (("mean", 2), ("tara-a-map", 1 if at == "edge-third" else 4)):
+                if share:
+                    rights = [1] * right + [0] * (4 - right)
+                    cells[method, at, task, 0] = cell(method, task, rights, at)
+    whole = Suite("encoder", cells)
+    (row,) = elsewhere_table(whole).splitlines()[2:]
+    assert row.startswith("| the default over `linear` | +37.5 [")  # (5 * .5 - .25) / 6
+    assert "| edge-third: -25.0 [" in row
+    mean, default = preferences_table(whole).splitlines()[2:]
+    assert mean.endswith("| 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |")
+    assert default.endswith("| 1.000 | 1.000 | 1.000 | 1.000 | 0.250 | 1.000 | 0.875 |")
+
+
+def _five_tasks() -> dict[tuple[str, str, str, int], Cell]:
+    return {("single", "centre", task, 0): cell("single", task, [1] * 4) for task in "abcde"}
