@@ -1,7 +1,6 @@
 """Train the encoder suite's adapters with PEFT: one for each task, and one on all tasks together.
 
-Two one-thread processes beat one two-thread process, so every adapter is trained by a process of
-its own, two at a time.
+Every adapter is trained by a process of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from torch import Tensor
 from dynmerge.calibration import osrm
 from dynmerge.evaluation.scores import score
 from examples.dictionary.data import say
+from study.apart import run_apart
 from study.encoder import NAME, EncoderExamples, adapter_folder, examples, model
 from study.encoder_tasks import TASKS
 
@@ -126,23 +123,14 @@ def main() -> None:
         for name in names
         if options.again or not (adapter_folder(seed, name) / "adapter_config.json").is_file()
     ]
-    if len(wanted) == 1:
-        train_here(*wanted[0])
+    if len(wanted) < 2:
+        for seed, name in wanted:
+            train_here(seed, name)
         return
     for task in TASKS:
         examples(task, "train", torch.nn.Identity())  # prepared once, before the processes would
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda pair: train_apart(*pair), wanted))
-
-
-def train_apart(seed: int, name: str) -> None:
-    """Train one adapter in a process of one thread."""
-    command = [sys.executable, "-m", "study.encoder_training", name, "--seeds", str(seed)]
-    subprocess.run(
-        [*command, "--again"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    calls = [[name, "--seeds", str(seed), "--again"] for seed, name in wanted]
+    run_apart("study.encoder_training", calls, options.jobs)
 
 
 def train_here(seed: int, name: str) -> None:

@@ -6,8 +6,6 @@ covariance form. A process of its own finds it: its moments take 8 GB, which no 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from dynmerge.calibration import osrm
 from dynmerge.calibration.moments import Moments, collect
 from dynmerge.texts.batches import alike
+from study.apart import run_apart
 from study.generative import CALIBRATION, SKILLS, asked, loaded_model, tokenizer
 from study.sources import cache_folder
 
@@ -27,7 +26,7 @@ from train import ATTENTION, MLP, PLANS, Plan  # isort: skip (study.generative f
 def starts(skill: str) -> dict[str, Tensor]:
     """Layer -> A (r, d_in) float32, of the skill's ranks."""
     if not starts_file(skill).is_file():
-        subprocess.run([sys.executable, "-m", "study.generative_starts"], check=True)
+        run_apart("study.generative_starts", [[]], jobs=1)
     return load_file(starts_file(skill))
 
 

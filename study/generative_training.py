@@ -7,16 +7,13 @@ skill as that skill's own adapter, in random order. OSRM's differ from the other
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
 from dynmerge.calibration import osrm
+from study.apart import run_apart
 from study.generative import OTHERS, SKILLS
 from study.generative_starts import starts
 from study.suites import SUITES
@@ -46,22 +43,14 @@ def main() -> None:
             torch.set_num_threads(1)
             TRAININGS[kind](seed)
         return
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda pair: train_apart(*pair), wanted))
+    calls = [["--seeds", str(seed), "--only", kind] for seed, kind in wanted]
+    run_apart("study.generative_training", calls, options.jobs)
 
 
 def missing(seed: int, kind: str) -> list[str]:
     """The names of those adapters that are not there."""
     folders = OTHERS[kind](seed)
     return [name for name in folders if not (folders[name] / "adapter_config.json").is_file()]
-
-
-def train_apart(seed: int, kind: str) -> None:
-    """One kind of one seed in a process of one thread."""
-    command = [sys.executable, "-m", "study.generative_training", "--seeds", str(seed)]
-    subprocess.run(
-        [*command, "--only", kind], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True
-    )
 
 
 def train_joint(seed: int) -> None:

@@ -7,17 +7,15 @@ The other tasks' texts are their unlabelled calibration texts, read by the base 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from dynmerge.calibration import osrm
 from dynmerge.calibration.moments import Moments, collect
 from dynmerge.texts.batches import alike
+from study.apart import run_apart
 from study.encoder import adapter_folder, examples, model, padded
 from study.encoder_tasks import TASKS
 from study.encoder_training import MODULES, RANK, train
@@ -35,8 +33,7 @@ def main() -> None:
     if len(wanted) == 1:
         train_seed(wanted[0])
         return
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(train_apart, wanted))
+    run_apart("study.osrm_training", [["--seeds", str(seed)] for seed in wanted], options.jobs)
 
 
 def missing(seed: int) -> list[str]:
@@ -46,12 +43,6 @@ def missing(seed: int) -> list[str]:
         for task in TASKS
         if not (adapter_folder(seed, task, VARIANT) / "adapter_config.json").is_file()
     ]
-
-
-def train_apart(seed: int) -> None:
-    """One seed in a process of one thread."""
-    command = [sys.executable, "-m", "study.osrm_training", "--seeds", str(seed)]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
 def train_seed(seed: int) -> None:

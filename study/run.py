@@ -10,12 +10,9 @@ whose adapters, examples or settings changed is measured again.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +22,7 @@ from torch import Tensor
 from dynmerge.calibration import teachers
 from dynmerge.evaluation.scores import Score
 from dynmerge.evaluation.simplex import even_grid
+from study.apart import run_apart
 from study.bench import Bench, Made
 from study.cells import Cell, read_cells, write_row
 from study.inputs import inputs_of
@@ -66,14 +64,8 @@ def main() -> None:
     extra = ["--only", options.only] if options.only else []
     if options.again:
         extra.append("--again")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda pair: run_apart(pair[0], pair[1], extra), wanted))
-
-
-def run_apart(suite: str, seed: int, extra: Sequence[str]) -> None:
-    """One seed in a process of one thread."""
-    command = [sys.executable, "-m", "study.run", "--suite", suite, "--seed", str(seed), *extra]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    calls = [["--suite", suite, "--seed", str(seed), *extra] for suite, seed in wanted]
+    run_apart("study.run", calls, options.jobs)
 
 
 def run(suite: str, seed: int, only: frozenset[str], again: bool = False) -> None:
