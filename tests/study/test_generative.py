@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from dynmerge.calibration import osrm
 from study.cells import Cell
+from study.encoder import adapter_folder
+from study.encoder_tasks import TASKS
 from study.generative import OTHERS, SKILLS, adapters
 from study.generative_starts import ranks
 from study.generative_training import JOINT, PASSES
@@ -24,6 +26,19 @@ def test_no_two_adapters_lie_in_one_folder() -> None:
     kinds = [adapters, *OTHERS.values()]
     folders = [folder for kind in kinds for seed in seeds for folder in kind(seed).values()]
     assert len(folders) == len(set(folders)) == len(seeds) * (2 * len(SKILLS) + 1)
+
+
+def test_every_adapter_that_is_measured_is_shipped() -> None:
+    first, *_ = seeds = SUITES["generative"].seeds
+    folders = [*(adapters(seed) for seed in seeds), *(kind(first) for kind in OTHERS.values())]
+    for folder in (folder for found in folders for folder in found.values()):
+        assert (folder / "adapter_model.safetensors").is_file(), folder
+    for seed in SUITES["encoder"].seeds:
+        for task in TASKS:
+            for variant in ("plain", "osrm"):
+                folder = adapter_folder(seed, task, variant)
+                assert (folder / "adapter_model.safetensors").is_file(), folder
+        assert (adapter_folder(seed, "joint") / "adapter_model.safetensors").is_file(), seed
 
 
 @pytest.mark.parametrize("name", PLANS)
