@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from dynmerge.calibration.plan import Plan
 from study.bench import Bench
-from study.methods import FORM_ROWS, ROWS
+from study.methods import ALL_ROWS
 from study.places import grid_skills, places
 from study.plans import reference_plan
 from study.suites import GRID, GRID_STEPS, OTHER_BANKS, REFERENCES, SUITES
@@ -40,7 +40,7 @@ def settings(name: str, bench: Bench) -> tuple[object, ...]:
         return method, bench.others[kind]().digest
     if name in REFERENCES:
         return reference_plan(name.removesuffix("-for-each")), _everywhere(bench)
-    row = {**ROWS, **FORM_ROWS}.get(name.removeprefix(GRID))
+    row = ALL_ROWS.get(name.removeprefix(GRID))
     if row is None:
         return (name,)
     if name.startswith(GRID):

@@ -217,3 +217,5 @@ FORM_ROWS: Mapping[str, Row] = {
     },
     "adamerging-rho-scaled": rho_scaled(at_centre("adamerging", "distil")),
 }
+
+ALL_ROWS: Mapping[str, Row] = {**ROWS, **FORM_ROWS}

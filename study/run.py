@@ -26,7 +26,7 @@ from study.apart import run_apart
 from study.bench import Bench, Made
 from study.cells import Cell, read_cells, write_row
 from study.inputs import inputs_of
-from study.methods import FORM_ROWS, ROWS, Row
+from study.methods import ALL_ROWS, Row
 from study.places import CENTRE, grid_skills, places
 from study.plans import reference_plan
 from study.suites import GRID, GRID_STEPS, GRIDS, OTHER_BANKS, REFERENCES, SUITES
@@ -123,7 +123,7 @@ def for_each(name: str, bench: Bench) -> Iterator[Cell]:
 
 def on_grid(name: str, bench: Bench) -> Iterator[Cell]:
     """One method on an even grid between three skills; those alone count as their adapters."""
-    maker, chosen = {**ROWS, **FORM_ROWS}[name.removeprefix(GRID)].make(bench)
+    maker, chosen = ALL_ROWS[name.removeprefix(GRID)].make(bench)
     skills = bench.bank.names
     three = torch.tensor([float(skill in grid_skills(skills)) for skill in skills])
     for preference in even_grid(grid_skills(skills), GRID_STEPS):
@@ -162,7 +162,7 @@ def cell(method: str, at: str, task: str, score: Score, chosen: object) -> Cell:
 
 MEASURES: Mapping[str, Measure] = {
     "single": alone,
-    **{name: partial(by_row, row) for name, row in {**ROWS, **FORM_ROWS}.items()},
+    **{name: partial(by_row, row) for name, row in ALL_ROWS.items()},
     **dict.fromkeys(REFERENCES, for_each),
     **dict.fromkeys(GRIDS, on_grid),
     **dict.fromkeys(OTHER_BANKS, of_other_bank),

@@ -13,14 +13,14 @@ from dynmerge.evaluation.bootstrap import Estimate, combined, mean, resamplings,
 from dynmerge.merging.demands import BEST
 from study.cells import Cell, read_cells
 from study.inputs import bench_of
-from study.methods import FORM_ROWS, ROWS
+from study.methods import ALL_ROWS
 from study.places import CENTRE, places
 from study.suites import SUITES
 
 # The row of what dynmerge serves where a bank carries it: BEST[0] of merging/demands.py.
 DEFAULT = f"{BEST[0]}-map"
 SAMPLES = 2000
-ORDER = ("zero-shot", "single", "joint", *ROWS, *FORM_ROWS, "osrm-mean", "osrm-p4")
+ORDER = ("zero-shot", "single", "joint", *ALL_ROWS, "osrm-mean", "osrm-p4")
 
 
 @dataclass(frozen=True, eq=False)

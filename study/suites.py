@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from study.methods import FORM_ROWS, ROWS, UNLABELLED
+from study.methods import ALL_ROWS, FORM_ROWS, ROWS, UNLABELLED
 
 REFERENCES = ("tara-a-for-each", "core-for-each")  # optimised for each preference alone
 GRID, GRID_STEPS = "grid:", 4  # fronts between three skills
@@ -47,7 +47,7 @@ SUITES: Mapping[str, Scope] = {
         seeds=(0, 1, 2),
         every=("single", *(name for name in ROWS if name not in SETTINGS), *OTHER_BANKS),
         once=(*SETTINGS, *REFERENCES, *GRIDS),
-        away=frozenset(name for name, row in {**ROWS, **FORM_ROWS}.items() if row.away),
+        away=frozenset(name for name, row in ALL_ROWS.items() if row.away),
         texts=UNLABELLED,
     ),
     "generative": Scope(

@@ -9,12 +9,12 @@ from torch import Tensor
 from dynmerge.evaluation.bootstrap import Estimate, Interval, combined, difference, mean
 from dynmerge.evaluation.front import hypervolume, monotonicity
 from dynmerge.evaluation.simplex import even_grid
-from study.methods import FORM_ROWS, ROWS, UNLABELLED
+from study.methods import ALL_ROWS, UNLABELLED
 from study.places import CENTRE, grid_skills, places
 from study.suite import DEFAULT, Suite, complete
 from study.suites import GRID, GRID_STEPS, GRIDS, REFERENCES, SUITES
 
-# What rows were given that are none of ROWS.
+# What rows were given that are none of ALL_ROWS.
 OTHER_DATA: Mapping[str, str] = {
     "joint": "all training labels",
     **dict.fromkeys(("osrm-single", "osrm-mean", "osrm-p4"), f"{UNLABELLED}, before training"),
@@ -62,7 +62,7 @@ GAPS = (DEFAULT, "adamerging-map", "core-map", "tara-a-distil", "core-distil")
 
 def methods_table(suite: Suite) -> str:
     """Accuracy at the uniform preference, by task, by seed, and their average."""
-    known, rows = {**ROWS, **FORM_ROWS}, []
+    rows = []
     for method in suite.methods():
         seeds = suite.seeds_of(method)
         average = suite.average(method, seeds)
@@ -71,7 +71,7 @@ def methods_table(suite: Suite) -> str:
         tuned = suite.average("tuned", seeds)
         over = signed(difference(average, tuned).interval()) if tuned is not None else ""
         by_task = [task_mean(suite, method, task, seeds) for task in suite.tasks]
-        data = known[method].data if method in known else OTHER_DATA.get(method, "")
+        data = ALL_ROWS[method].data if method in ALL_ROWS else OTHER_DATA.get(method, "")
         data = data.replace(UNLABELLED, SUITES[suite.name].texts)
         by_seed = " ".join(values_by_seed(suite, method, seeds))
         rows.append([method, data, *by_task, by_seed, str(average.interval()), over])

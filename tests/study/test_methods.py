@@ -1,6 +1,6 @@
 """The study's rows on a network of four layers: what each promises, what is kept of it and when."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,7 +20,7 @@ from study import run
 from study.bench import Bench, Part, by
 from study.cells import read_cells
 from study.inputs import inputs_of
-from study.methods import FORM_ROWS, ROWS, counted
+from study.methods import ALL_ROWS, ROWS, counted
 from study.places import CENTRE
 from study.plans import at_centre
 from study.trained import PerTask, Run, key_of, trained
@@ -28,7 +28,6 @@ from tests.calibration.network import SHAPES, Network, Points, network_bank
 
 NAMES = ("ada", "bob", "cyd")
 SIZES = {"calibration": 6, "validation": 5, "guard": 4, "test": 7}
-ALL: Mapping[str, object] = {**ROWS, **FORM_ROWS}
 
 
 def short(plan: Plan) -> Plan:
@@ -51,9 +50,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     student.close()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL_ROWS)
 def test_every_row_merges_what_it_has_and_tells_the_same_again(name: str, bench: Bench) -> None:
-    row = {**ROWS, **FORM_ROWS}[name]
+    row = ALL_ROWS[name]
     first, second = (row.make(bench)[0](bench.centre) for _ in range(2))
     found, again = bench.test(first), bench.test(second)
     assert list(found) == list(NAMES)
